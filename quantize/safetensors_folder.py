@@ -1,0 +1,171 @@
+"""The named tensors of one folder of safetensors files, memory-mapped.
+
+It knows shards, their index and headers; it knows nothing of quantization or of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quantize.errors import CheckpointError
+from quantize.json_files import read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Bytes per element of the types that safetensors files name; sub-byte types are not read.
+ELEMENT_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+
+
+class SafetensorsFolder:
+    """Every tensor of a folder by name; opening it checks all headers against the files' sizes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._file_of: dict[str, str] = {}
+        self._handles: dict[str, safe_open] = {}
+        single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+        if single.exists():
+            self._file_of = {name: SINGLE_FILE for name in self._open(SINGLE_FILE)}
+        elif index.exists():
+            self._file_of = _read_index(index)
+            present = {file: self._open(file) for file in sorted(set(self._file_of.values()))}
+            for name, file in self._file_of.items():
+                if name not in present[file]:
+                    raise CheckpointError(
+                        f"{index} places tensor {name} in {file}, which does not hold it; "
+                        "fetch both files again."
+                    )
+        else:
+            raise CheckpointError(_nothing_to_read(folder))
+
+    def _open(self, file: str) -> set[str]:
+        path = self.folder / file
+        try:
+            handle = safe_open(str(path), framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} is missing, though {INDEX_FILE} names it; fetch the missing file."
+            ) from None
+        except SafetensorError as error:
+            size = path.stat().st_size
+            raise CheckpointError(
+                f"{path} ({size:,} bytes) is truncated or damaged ({error}); fetch it again."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be opened ({error}); check that it is a readable file."
+            ) from error
+        self._handles[file] = handle
+        return set(handle.keys())
+
+    def names(self) -> set[str]:
+        """All tensor names."""
+        return set(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def _slice(self, name: str):
+        if name not in self._file_of:
+            raise CheckpointError(
+                f"{self.folder} holds no tensor {name} (it holds {len(self._file_of)} others); "
+                "check that the checkpoint is of the architecture its config.json names."
+            )
+        return self._handles[self._file_of[name]].get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Stored type of a tensor as safetensors spells it (`BF16`, `F32`, `U8`, ...)."""
+        return self._slice(name).get_dtype()
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes a tensor takes in its file."""
+        dtype = self.dtype(name)
+        if dtype not in ELEMENT_BYTES:
+            raise CheckpointError(
+                f"Tensor {name} of {self.folder} is stored as {dtype}, which is not supported; "
+                "convert it to bfloat16, float16 or float32."
+            )
+        elements = 1
+        for size in self.shape(name):
+            elements *= size
+        return elements * ELEMENT_BYTES[dtype]
+
+    def read(
+        self,
+        name: str,
+        index: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """The tensor as stored, or the part `[index]` or `[rows[0]:rows[1]]` of its first axis."""
+        part = self._slice(name)
+        try:
+            if index is not None:
+                return part[index]
+            if rows is not None:
+                return part[rows[0] : rows[1]]
+            return self._handles[self._file_of[name]].get_tensor(name)
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"Tensor {name} of {self.folder / self._file_of[name]} cannot be read ({error}); "
+                "fetch the file again."
+            ) from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path} has no table weight_map of tensor names to files; fetch the file again."
+        )
+    for name, file in weight_map.items():
+        # A plain file name: an index must not reach outside its own folder.
+        plain = isinstance(file, str) and file.endswith(".safetensors")
+        if not plain or any(character in file for character in "/\\\0"):
+            raise CheckpointError(
+                f"{path} places tensor {name} in {file!r}, which is not a safetensors file of "
+                "the same folder; take the checkpoint from a source you trust."
+            )
+    return weight_map
+
+
+def _nothing_to_read(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        files = sorted(entry.name for entry in folder.iterdir())
+        shards = [file for file in files if file.endswith(".safetensors")]
+        if shards:
+            return (
+                f"{folder} holds {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}; "
+                "fetch the index of the shards."
+            )
+        pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickles:
+            return (
+                f"{folder} holds weights only as {pickles[0]}, a pickle file that could run code; "
+                f"convert them to {SINGLE_FILE}."
+            )
+    return f"{folder} has no {SINGLE_FILE}; name a folder that holds a whole checkpoint."
