@@ -1,0 +1,542 @@
+"""DiffusionGemma's text model, re-authored so that one graph encodes, commits and denoises.
+
+What this file does not know: quantization (weights may be torchao tensors), backends, the head and
+sampler (export/head.py). Reference: `DiffusionGemmaForBlockDiffusion` of transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.models.experts import (
+    DenseExperts,
+    Expert,
+    ExpertComputation,
+    GatheredExperts,
+)
+from quantize.checkpoint import Checkpoint
+from quantize.errors import CheckpointError
+
+MODEL_TYPE = "diffusion_gemma"
+EMBEDDING_NAME = "model.decoder.embed_tokens.weight"
+VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+ENCODER_PREFIX = "model.encoder.language_model."
+MASKED = -1e9  # added to a score before softmax; exp underflows to an exact zero in fp32
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """One rotary scheme: `default` turns every pair, `proportional` the first `fraction`."""
+
+    kind: str
+    theta: float
+    fraction: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What differs between layers: attention span, head size, KV heads."""
+
+    is_sliding: bool
+    head_dim: int
+    num_kv_heads: int
+
+
+@dataclass(frozen=True)
+class DiffusionGemmaConfig:
+    """The fields of `config.json` that shape the text model; nothing is defaulted from a class."""
+
+    vocabulary_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_experts: int
+    top_k: int
+    expert_size: int
+    sliding_window: int
+    soft_cap: float
+    norm_eps: float
+    canvas_length: int
+    max_positions: int
+    attention_bias: bool
+    layers: tuple[LayerConfig, ...]
+    rotary: dict[str, RotaryConfig]
+
+    @classmethod
+    def from_checkpoint_config(cls, config: dict[str, Any]) -> DiffusionGemmaConfig:
+        """Read `config.json` as a dict.
+
+        Raises:
+            CheckpointError: another architecture, a missing field, or a variant that the released
+                models do not use and this graph does not have.
+        """
+        if config.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(
+                f"config.json has model_type {config.get('model_type')!r}, "
+                f"expected {MODEL_TYPE!r}; give a DiffusionGemma checkpoint"
+            )
+        text = _field(config, "text_config", dict)
+        prefix = "text_config."
+        _refuse_variant(config, "tie_word_embeddings", {True}, default=True)
+        _refuse_variant(text, prefix + "use_bidirectional_attention", {None, "vision"})
+        _refuse_variant(text, prefix + "hidden_activation", {"gelu_pytorch_tanh"})
+        kinds = _field(text, prefix + "layer_types", list)
+        num_layers = _field(text, prefix + "num_hidden_layers", int)
+        known = {"sliding_attention", "full_attention"}
+        if len(kinds) != num_layers or set(kinds) - known or kinds[-1] != "full_attention":
+            raise CheckpointError(
+                f"config.json lists layer_types {kinds!r} for {num_layers} layers; expected one "
+                "of 'sliding_attention' or 'full_attention' for each layer, the last one full"
+            )
+        sizes = {
+            field: _positive(text, prefix + key)
+            for field, key in {
+                "vocabulary_size": "vocab_size",
+                "hidden_size": "hidden_size",
+                "intermediate_size": "intermediate_size",
+                "num_heads": "num_attention_heads",
+                "num_experts": "num_experts",
+                "top_k": "top_k_experts",
+                "expert_size": "moe_intermediate_size",
+                "sliding_window": "sliding_window",
+                "max_positions": "max_position_embeddings",
+            }.items()
+        }
+        layers = tuple(_layer_config(text, i, kind) for i, kind in enumerate(kinds))
+        for i, layer in enumerate(layers):
+            if sizes["num_heads"] % layer.num_kv_heads or layer.head_dim % 2:
+                raise CheckpointError(
+                    f"config.json gives layer {i} {sizes['num_heads']} heads over "
+                    f"{layer.num_kv_heads} KV heads of {layer.head_dim}; heads must divide evenly "
+                    "and the head size be even"
+                )
+        if sizes["top_k"] > sizes["num_experts"]:
+            raise CheckpointError(
+                f"config.json has top_k_experts {sizes['top_k']} of {sizes['num_experts']} experts"
+            )
+        ropes = _field(text, prefix + "rope_parameters", dict)
+        return cls(
+            **sizes,
+            soft_cap=float(_field(text, prefix + "final_logit_softcapping", (int, float))),
+            norm_eps=float(_field(text, prefix + "rms_norm_eps", (int, float))),
+            canvas_length=_positive(config, "canvas_length"),
+            attention_bias=bool(text.get("attention_bias", False)),
+            layers=layers,
+            rotary={kind: _rotary_config(ropes, kind) for kind in sorted(set(kinds))},
+        )
+
+
+def _field(section: dict[str, Any], path: str, kind: type | tuple[type, ...]) -> Any:
+    value = section.get(path.rsplit(".", 1)[-1])
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise CheckpointError(
+            f"config.json has {path} = {value!r}; a DiffusionGemma checkpoint must state it"
+        )
+    return value
+
+
+def _positive(section: dict[str, Any], path: str) -> int:
+    value = _field(section, path, int)
+    if value <= 0:
+        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
+    return value
+
+
+def _refuse_variant(
+    section: dict[str, Any], path: str, allowed: set[Any], *, default: Any = None
+) -> None:
+    value = section.get(path.rsplit(".", 1)[-1], default)
+    if value not in allowed:
+        raise CheckpointError(
+            f"config.json has {path} = {value!r}; supported: {sorted(map(repr, allowed))}"
+        )
+
+
+def _layer_config(text: dict[str, Any], index: int, kind: str) -> LayerConfig:
+    head_dim = _positive(text, "text_config.head_dim")
+    num_kv_heads = _positive(text, "text_config.num_key_value_heads")
+    overrides = text.get("per_layer_config")
+    if isinstance(overrides, dict):
+        override = overrides.get(str(index), {})
+        head_dim = override.get("head_dim", head_dim)
+        num_kv_heads = override.get("num_key_value_heads", num_kv_heads)
+    elif kind == "full_attention":
+        head_dim = _positive(text, "text_config.global_head_dim")
+        num_kv_heads = text.get("num_global_key_value_heads") or num_kv_heads
+    return LayerConfig(kind == "sliding_attention", head_dim, num_kv_heads)
+
+
+def _rotary_config(ropes: dict[str, Any], kind: str) -> RotaryConfig:
+    rope = ropes.get(kind)
+    if not isinstance(rope, dict) or rope.get("rope_type") not in {"default", "proportional"}:
+        raise CheckpointError(
+            f"config.json has rope_parameters.{kind} = {rope!r}; expected rope_type 'default' or "
+            "'proportional' with a rope_theta"
+        )
+    fraction = float(rope.get("partial_rotary_factor", 1.0))
+    if rope["rope_type"] == "default" and fraction != 1.0:
+        raise CheckpointError(
+            f"config.json has rope_parameters.{kind}.partial_rotary_factor = {fraction}; only "
+            "'proportional' rotary takes one"
+        )
+    return RotaryConfig(
+        kind=rope["rope_type"],
+        theta=float(_field(rope, f"rope_parameters.{kind}.rope_theta", (int, float))),
+        fraction=fraction,
+        factor=float(rope.get("factor", 1.0)) if rope["rope_type"] == "proportional" else 1.0,
+    )
+
+
+def inverse_frequencies(rotary: RotaryConfig, head_dim: int) -> Tensor:
+    """Rotary frequencies `[head_dim / 2]`; proportional ones are zero-padded, not compressed.
+
+    Source: `_compute_proportional_rope_parameters` in transformers' `modeling_rope_utils.py`.
+    """
+    turned = int(rotary.fraction * head_dim // 2)
+    exponents = torch.arange(0, 2 * turned, 2, dtype=torch.float) / head_dim
+    frequencies = torch.zeros(head_dim // 2)
+    frequencies[:turned] = 1.0 / rotary.theta**exponents
+    return frequencies / rotary.factor
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh approximation through a sigmoid, equal to 5e-7 in fp32.
+
+    XNNPACK lowers `gelu(approximate="tanh")` as the erf form, which is 4.7e-4 off; and
+    0.5 * (1 + tanh(z)) = sigmoid(2 z) with z = sqrt(2 / pi) * (x + 0.044715 x^3).
+    """
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization over the last dimension, with or without a weight."""
+
+    def __init__(self, size: int, eps: float, *, weighted: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, device="meta")) if weighted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `[..., size]`."""
+        normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
+        return normed if self.weight is None else normed * self.weight
+
+
+class GatedMLP(nn.Module):
+    """The dense gated feed-forward block, which the self-conditioning shares in shape."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device="meta")
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device="meta")
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., H]` to `[..., H]`."""
+        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SelfConditioning(GatedMLP):
+    """Mix the previous step's soft embedding into the canvas embedding.
+
+    A zero signal is not the identity: the sum still passes `post_norm`.
+    """
+
+    def __init__(self, config: DiffusionGemmaConfig) -> None:
+        super().__init__(config.hidden_size, config.intermediate_size)
+        self.pre_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_norm = RMSNorm(config.hidden_size, config.norm_eps, weighted=False)
+
+    def forward(self, embedding: Tensor, signal: Tensor) -> Tensor:  # type: ignore[override]
+        """Combine `embedding` and `signal`, both `[1, T, H]`."""
+        return self.post_norm(embedding + super().forward(self.pre_norm(signal)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a static KV cache that it owns.
+
+    Layout: K and V are `[KV heads, cache length, head size]`. The new rows are written at the
+    given positions; a denoising step's rows are scratch that the commit overwrites.
+    """
+
+    def __init__(self, config: DiffusionGemmaConfig, layer: LayerConfig, cache_length: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, layer.num_kv_heads
+        self.head_dim = layer.head_dim
+        bias = config.attention_bias
+        query_size = config.num_heads * layer.head_dim
+        kv_size = layer.num_kv_heads * layer.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias, device="meta")
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias, device="meta")
+        # Full layers have no v_proj: V is the key projection under v_norm, without rotary.
+        self.v_proj = (
+            nn.Linear(config.hidden_size, kv_size, bias=bias, device="meta")
+            if layer.is_sliding
+            else None
+        )
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias, device="meta")
+        self.q_norm = RMSNorm(layer.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(layer.head_dim, config.norm_eps)
+        self.v_norm = RMSNorm(layer.head_dim, config.norm_eps, weighted=False)
+        shape = (layer.num_kv_heads, cache_length, layer.head_dim)
+        self.register_buffer("key_cache", torch.zeros(shape))
+        self.register_buffer("value_cache", torch.zeros(shape))
+
+    def forward(self, x: Tensor, positions: Tensor, rotary: _Rotary, mask: Tensor) -> Tensor:
+        """Attend from rows `x` `[T, H]` at `positions` `[T]` under the additive `mask` `[T, L]`."""
+        tokens = x.shape[0]
+        query = self.q_norm(self.q_proj(x).view(tokens, self.num_heads, self.head_dim))
+        key = self.k_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
+        value = key
+        if self.v_proj is not None:
+            value = self.v_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
+        query = rotary.turn(query).transpose(0, 1)
+        key = rotary.turn(self.k_norm(key)).transpose(0, 1)
+        value = self.v_norm(value).transpose(0, 1)
+        torch.ops.aten.index_put_(self.key_cache, [None, positions], key)
+        torch.ops.aten.index_put_(self.value_cache, [None, positions], value)
+        # Heads of one KV group are stacked as rows, so K and V are never repeated.
+        query = query.reshape(self.num_kv_heads, -1, self.head_dim)
+        scores = torch.bmm(query, self.key_cache.transpose(1, 2))  # the scale is 1.0
+        scores = scores.view(self.num_heads, tokens, -1) + mask
+        weights = torch.softmax(scores, dim=-1).view(self.num_kv_heads, -1, mask.shape[-1])
+        mixed = torch.bmm(weights, self.value_cache)
+        mixed = mixed.view(self.num_heads, tokens, self.head_dim).transpose(0, 1)
+        return self.o_proj(mixed.reshape(tokens, -1))
+
+
+class _Rotary:
+    """Rotary embedding at fixed positions, in the half-split convention."""
+
+    def __init__(self, positions: Tensor, frequencies: Tensor) -> None:
+        angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
+        self.cos, self.sin = torch.cos(angles).unsqueeze(1), torch.sin(angles).unsqueeze(1)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotate `[T, heads, head size]`."""
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(
+            [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1
+        )
+
+
+class Router(nn.Module):
+    """Choose and weigh the experts of each row from the raw residual, in fp32."""
+
+    def __init__(self, config: DiffusionGemmaConfig) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.root = config.hidden_size**-0.5
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, weighted=False)
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False, device="meta")
+        self.scale = nn.Parameter(torch.empty(config.hidden_size, device="meta"))
+        self.per_expert_scale = nn.Parameter(torch.empty(config.num_experts, device="meta"))
+
+    def forward(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights `[T, K]` and expert ids `[T, K]` for `residual` `[T, H]`."""
+        probabilities = torch.softmax(
+            self.proj(self.norm(residual) * self.scale * self.root), dim=-1
+        )
+        weights, index = torch.topk(probabilities, self.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights * self.per_expert_scale[index], index
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention, then the dense MLP beside the experts."""
+
+    def __init__(
+        self,
+        config: DiffusionGemmaConfig,
+        layer: LayerConfig,
+        cache_length: int,
+        computation: ExpertComputation,
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.kind = "sliding_attention" if layer.is_sliding else "full_attention"
+        self.self_attn = Attention(config, layer, cache_length)
+        self.mlp = GatedMLP(hidden, config.intermediate_size)
+        self.router = Router(config)
+        experts = [Expert(hidden, config.expert_size, gelu_tanh) for _ in range(config.num_experts)]
+        self.experts = (
+            DenseExperts(experts)
+            if computation == "dense"
+            else GatheredExperts(experts, config.canvas_length, config.top_k, hidden)
+        )
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        # [encode, denoise]: the only tensor in which encoder and decoder differ.
+        self.register_buffer("layer_scalar", torch.ones(2))
+
+    def forward(
+        self, x: Tensor, positions: Tensor, rotary: _Rotary, mask: Tensor, denoise: Tensor
+    ) -> Tensor:
+        """Map the residual `[T, H]` to `[T, H]`; `denoise` `[1]` picks the layer scalar."""
+        attended = self.self_attn(self.input_layernorm(x), positions, rotary, mask)
+        residual = x + self.post_attention_layernorm(attended)
+        dense = self.post_feedforward_layernorm_1(
+            self.mlp(self.pre_feedforward_layernorm(residual))
+        )
+        weights, index = self.router(residual)
+        sparse = self.experts(self.pre_feedforward_layernorm_2(residual), weights, index)
+        sparse = self.post_feedforward_layernorm_2(sparse)
+        out = residual + self.post_feedforward_layernorm(dense + sparse)
+        return out * torch.index_select(self.layer_scalar, 0, denoise)
+
+
+class DiffusionGemmaLayers(nn.Module):
+    """The stage from tokens to hidden states: embedding, self-conditioning, layers, final norm.
+
+    One graph serves prefill, commit and denoising, told apart by an input, because two methods of
+    one program cannot share the KV cache on Android.
+    """
+
+    def __init__(
+        self,
+        config: DiffusionGemmaConfig,
+        *,
+        maximum_context: int,
+        computation: ExpertComputation,
+    ) -> None:
+        """Build without weights; `maximum_context` counts committed tokens and one canvas."""
+        super().__init__()
+        self.config = config
+        self.maximum_context = maximum_context
+        self.computation = computation
+        self.embed_tokens = nn.Embedding(config.vocabulary_size, config.hidden_size, device="meta")
+        self.embed_scale = config.hidden_size**0.5
+        self.self_conditioning = SelfConditioning(config)
+        self.layers = nn.ModuleList(
+            Layer(config, layer, maximum_context, computation) for layer in config.layers
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        for kind, rotary in config.rotary.items():
+            head_dim = next(
+                layer.head_dim
+                for layer in config.layers
+                if layer.is_sliding == (kind == "sliding_attention")
+            )
+            frequencies = inverse_frequencies(rotary, head_dim)
+            self.register_buffer(f"{kind}_frequencies", frequencies, persistent=False)
+        self.register_buffer("key_positions", torch.arange(maximum_context), persistent=False)
+        self.register_buffer("canvas_offsets", torch.arange(config.canvas_length), persistent=False)
+
+    def forward(self, tokens: Tensor, start: Tensor, denoise: Tensor, signal: Tensor) -> Tensor:
+        """Run the layers over one canvas length of positions.
+
+        Args:
+            tokens: ids `[1, T]` int64; a short prompt chunk is padded with any id.
+            start: position of the first token, `[1]` int64, with start + T <= maximum context.
+            denoise: `[1]` int64; 0 encodes causally and commits K/V, 1 denoises bidirectionally
+                over the committed context and the canvas, and leaves K/V as scratch.
+            signal: soft embedding of the previous step, `[1, T, H]`; zeros on the first step.
+
+        Returns:
+            Normed hidden states `[1, T, H]`.
+        """
+        positions = start + self.canvas_offsets
+        embedding = self.embed_tokens(tokens) * self.embed_scale
+        is_denoise = (denoise == 1).view(1, 1, 1)
+        hidden = torch.where(is_denoise, self.self_conditioning(embedding, signal), embedding)
+        hidden = hidden.squeeze(0)
+        masks = self._masks(start, positions, denoise)
+        rotaries = {
+            kind: _Rotary(positions, getattr(self, f"{kind}_frequencies"))
+            for kind in self.config.rotary
+        }
+        for layer in self.layers:
+            hidden = layer(hidden, positions, rotaries[layer.kind], masks[layer.kind], denoise)
+        return self.norm(hidden).unsqueeze(0)
+
+    def _masks(self, start: Tensor, positions: Tensor, denoise: Tensor) -> dict[str, Tensor]:
+        """Additive masks `[T, L]`.
+
+        Encode: key <= query, and key > query - window on sliding layers. Denoise: every row sees
+        key < start + T, and key > start - window on sliding layers.
+        """
+        last = start + (self.config.canvas_length - 1)
+        newest = torch.where(denoise == 1, last, positions).unsqueeze(-1)
+        anchor = torch.where(denoise == 1, start, positions).unsqueeze(-1)
+        seen = self.key_positions <= newest
+        near = self.key_positions > anchor - self.config.sliding_window
+        visible = {"full_attention": seen, "sliding_attention": seen & near}
+        return {kind: torch.where(visible[kind], 0.0, MASKED) for kind in self.config.rotary}
+
+
+def build_layers(
+    checkpoint: Checkpoint, *, maximum_context: int, computation: ExpertComputation
+) -> tuple[DiffusionGemmaLayers, list[str]]:
+    """Build the stage and load its weights from an fp32 or int4 checkpoint.
+
+    Returns:
+        The module in eval mode, and notes about tensors that were left out on purpose.
+
+    Raises:
+        CheckpointError: the config is of another architecture, or a tensor is missing or has
+            another shape than the config says.
+    """
+    config = DiffusionGemmaConfig.from_checkpoint_config(checkpoint.config)
+    if maximum_context < config.canvas_length:
+        raise CheckpointError(
+            f"maximum context {maximum_context} is shorter than one canvas of "
+            f"{config.canvas_length}; give at least that"
+        )
+    model = DiffusionGemmaLayers(config, maximum_context=maximum_context, computation=computation)
+    used: set[str] = set()
+
+    def load(name: str, shape: torch.Size, index: int | None = None) -> Tensor:
+        used.add(name)
+        stored = tuple(checkpoint.shape(name))[0 if index is None else 1 :]
+        if stored != tuple(shape):
+            raise CheckpointError(
+                f"tensor {name} has shape {list(stored)}, config.json wants {list(shape)}"
+            )
+        return checkpoint.get(name, index)
+
+    for path, parameter in list(model.named_parameters()):
+        owner_path, _, leaf = path.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        name, index = _checkpoint_name(path)
+        weight = load(name, parameter.shape, index)
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+    for i, layer in enumerate(model.layers):
+        scalars = [
+            load(f"{ENCODER_PREFIX}layers.{i}.layer_scalar", torch.Size([1])),
+            load(f"model.decoder.layers.{i}.layer_scalar", torch.Size([1])),
+        ]
+        layer.layer_scalar.copy_(torch.cat(scalars))
+    return model.eval(), _notes(checkpoint.names() - used)
+
+
+def _checkpoint_name(path: str) -> tuple[str, int | None]:
+    """Map a parameter's path here to the checkpoint's tensor name, and the expert's slice."""
+    parts = path.split(".")
+    if "experts" in parts:  # layers.I.experts.experts.E.gate_up_proj.weight
+        return f"model.decoder.layers.{parts[1]}.experts.{parts[5]}", int(parts[4])
+    return f"model.decoder.{path}", None
+
+
+def _notes(unused: set[str]) -> list[str]:
+    vision = [name for name in unused if name.startswith(VISION_PREFIXES)]
+    tied = [name for name in unused if name.startswith(ENCODER_PREFIX) or name == "lm_head.weight"]
+    other = sorted(unused - set(vision) - set(tied))
+    notes = []
+    if vision:
+        notes.append(f"skipped {len(vision)} tensors of the vision tower: text only")
+    if tied:
+        notes.append(f"skipped {len(tied)} tensors tied to the decoder")
+    if other:
+        notes.append(f"skipped {len(other)} tensors this architecture does not use: {other[:3]}")
+    return notes
