@@ -21,7 +21,7 @@ RECIPE_FILE = "recipe.json"
 FORMAT = "pocket-diffusion-quantized"
 SCHEMA_VERSION = 1
 
-_FLOAT_TYPES = {"F32", "F16", "BF16"}
+FLOAT_TYPES = {"F32", "F16", "BF16"}
 # How torchao's tensor spells the recipe's `int8_dynamic`.
 _TORCHAO_ACTIVATION = {"int8_dynamic": "int8_asym_per_token", "none": None}
 
@@ -102,7 +102,7 @@ class Checkpoint:
 
     def _check_float(self, name: str) -> None:
         dtype = self._files.dtype(name)
-        if dtype not in _FLOAT_TYPES:
+        if dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"Tensor {name} of {self.folder} is stored as {dtype}, which is not supported; "
                 "convert it to bfloat16, float16 or float32."

@@ -25,3 +25,7 @@ class InputError(UserError):
 
 class LoweringError(UserError):
     """A model that cannot be lowered to the chosen backend as asked."""
+
+
+class OutputError(UserError):
+    """A file or folder that cannot be written."""
