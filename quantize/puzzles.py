@@ -39,9 +39,7 @@ def _sudoku_grids() -> tuple[str, ...]:
     grids = []
     for four in itertools.product(rows, repeat=4):
         columns = ("".join(column) for column in zip(*four, strict=True))
-        boxes = (
-            four[r][c : c + 2] + four[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2)
-        )
+        boxes = (four[r][c : c + 2] + four[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2))
         if all(len(set(group)) == 4 for group in itertools.chain(columns, boxes)):
             grids.append("".join(four))
     return tuple(grids)

@@ -60,7 +60,7 @@ class Recipe:
     """What decides the training run; with the seed and the thread count it reproduces it."""
 
     seed: int = 0
-    steps: int = 6000
+    steps: int = 2000
     warmup_steps: int = 100
     decay_share: float = 0.3
     int4_from: float = 0.6
@@ -90,6 +90,7 @@ def model_config() -> dict[str, Any]:
         top_k_experts=2,
         moe_intermediate_size=32,
         max_position_embeddings=1024,
+        final_logit_softcapping=30.0,
         pad_token_id=PAD,
         eos_token_id=EOS,
         bos_token_id=BOS,
@@ -440,7 +441,8 @@ class Network:
         for layer, full in enumerate(self.full):
             x, _ = self._layer(x, weights, layer, positions, masks[full], cache[layer])
         x = rms_norm(x, weights["norm.weight"])
-        return 30.0 * torch.tanh(linear(x, weights["embed_tokens.weight"], self.dtype).float() / 30)
+        cap = self.config["final_logit_softcapping"]
+        return cap * torch.tanh(linear(x, weights["embed_tokens.weight"], self.dtype).float() / cap)
 
     def soft_embedding(self, weights: Weights, logits: Tensor) -> Tensor:
         """Return softmax(logits) [B, T, V] as embeddings [B, T, H]."""
@@ -462,9 +464,7 @@ class Network:
         with torch.no_grad():
             first_cache = [(key[:half], value[:half]) for key, value in cache]
             nothing = torch.zeros(*noisy.shape, self.config["hidden_size"])
-            guess = self.denoise(
-                weights, noisy[:half], first_cache, lengths[:half], nothing[:half]
-            )
+            guess = self.denoise(weights, noisy[:half], first_cache, lengths[:half], nothing[:half])
             signal = self.soft_embedding(weights, guess / temperature[:half, None, None])
             signal = torch.cat((signal, nothing[half:]))
         logits = self.denoise(weights, noisy, cache, lengths, signal)
@@ -557,7 +557,7 @@ def training_batch(seed: int, step: int, tokenizer: Any) -> tuple[Tensor, ...]:
 
 
 def orthogonalized(update: Tensor) -> Tensor:
-    """Return the nearest semi-orthogonal matrices [N, R, C] by Newton-Schulz (Muon, Jordan 2024)."""
+    """Return the nearest semi-orthogonal matrices [N, R, C] by Newton-Schulz (Muon, 2024)."""
     x = update.bfloat16()
     flipped = x.shape[-2] > x.shape[-1]
     x = x.mT if flipped else x
@@ -685,6 +685,7 @@ def save_model(folder: Path, weights: Weights) -> None:
     write_companions(building)
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(building.iterdir()):
+        file.chmod(0o644)
         os.replace(file, folder / file.name)
     building.rmdir()
 
