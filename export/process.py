@@ -1,0 +1,57 @@
+"""What the operating system knows about this process, and what native libraries tell it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far, in bytes.
+
+    From /proc where there is one: `getrusage` there inherits the peak of the parent process.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class CapturedText:
+    """What was written to a captured file descriptor so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def text(self) -> str:
+        """All of it, decoded."""
+        self._file.seek(0)
+        return self._file.read().decode("utf-8", errors="replace")
+
+
+@contextmanager
+def captured_stderr() -> Iterator[CapturedText]:
+    """Hold back what anything, C++ included, writes to file descriptor 2.
+
+    For the duration of a native call that logs: Python's own `sys.stderr` is caught as well.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield CapturedText(file)
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,293 @@
+"""Runs a model's stages for the host's loop: a bundle's programs in ExecuTorch, or eager modules.
+
+The loop itself is `export.generation`'s; which session serves which style of bundle is the table
+`SESSIONS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.bundle import Bundle, ModelInfo, Stage, TensorSpec
+from export.generation import (
+    HeadOutput,
+    UniformDiffusionSession,
+    UniformDiffusionSettings,
+)
+from export.process import captured_stderr
+from quantize.errors import BundleError, InputError
+
+# ExecuTorch's ScalarType (runtime/core/portable_type/scalar_type.h).
+_SCALAR_TYPES = {
+    0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool",
+    15: "bfloat16",
+}  # fmt: skip
+
+# What the stages of uniform diffusion take from the loop, and what they must give back.
+LAYERS_INPUTS = ("tokens", "start", "denoise", "signal")
+LAYERS_OUTPUTS = ("hidden",)
+HEAD_INPUTS = (
+    "hidden",
+    "canvas",
+    "previous_argmax",
+    "stable_steps",
+    "step",
+    "settings",
+    "uniform",
+    "random_tokens",
+    "targets",
+)
+HEAD_OUTPUTS = (
+    "next_canvas",
+    "argmax",
+    "entropy",
+    "accepted",
+    "stable_steps",
+    "finished",
+    "target_log_prob",
+    "signal",
+)
+
+
+class _TensorModel:
+    """Between the loop's arrays `[T]` and the stages' tensors `[1, T]`."""
+
+    info: ModelInfo
+
+    def zero_signal(self) -> Tensor:
+        """Zeros `[1, T, H]` fp32."""
+        return torch.zeros(1, self.info.canvas_length, self.info.hidden_size)
+
+    def layers(self, tokens: np.ndarray, start: int, denoise: bool, signal: Tensor) -> Tensor:
+        """See `UniformDiffusionModel`; returns hidden states `[1, T, H]`."""
+        return self._run_layers(
+            torch.from_numpy(tokens).unsqueeze(0),
+            torch.tensor([start]),
+            torch.tensor([int(denoise)]),
+            signal,
+        )
+
+    def head(
+        self,
+        hidden: Tensor,
+        canvas: np.ndarray,
+        previous_argmax: np.ndarray,
+        stable_steps: int,
+        step: int,
+        settings: np.ndarray,
+        uniform: np.ndarray,
+        random_tokens: np.ndarray,
+        targets: np.ndarray,
+    ) -> HeadOutput:
+        """See `UniformDiffusionModel`."""
+        outputs = self._run_head(
+            hidden,
+            torch.from_numpy(canvas).unsqueeze(0),
+            torch.from_numpy(previous_argmax).unsqueeze(0),
+            torch.tensor([stable_steps]),
+            torch.tensor([step]),
+            torch.from_numpy(settings),
+            torch.from_numpy(uniform).unsqueeze(0),
+            torch.from_numpy(random_tokens).unsqueeze(0),
+            torch.from_numpy(targets).unsqueeze(0),
+        )
+        named = dict(zip(HEAD_OUTPUTS, outputs, strict=True))
+        return HeadOutput(
+            next_canvas=named["next_canvas"].squeeze(0).numpy(),
+            argmax=named["argmax"].squeeze(0).numpy(),
+            entropy=named["entropy"].squeeze(0).numpy(),
+            accepted=named["accepted"].squeeze(0).numpy().astype(bool),
+            stable_steps=int(named["stable_steps"]),
+            finished=bool(named["finished"]),
+            target_log_prob=named["target_log_prob"].squeeze(0).numpy(),
+            signal=named["signal"],
+        )
+
+    def _run_layers(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _run_head(self, *inputs: Tensor) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+
+class EagerModel(_TensorModel):
+    """The reference: two modules with the stages' signatures, run by PyTorch."""
+
+    def __init__(
+        self, layers_module: torch.nn.Module, head_module: torch.nn.Module, info: ModelInfo
+    ) -> None:
+        self.info = info
+        self._layers_module = layers_module
+        self._head_module = head_module
+
+    def _run_layers(self, *inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._layers_module(*inputs)
+
+    def _run_head(self, *inputs: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return self._head_module(*inputs)
+
+
+class BundleModel(_TensorModel):
+    """The stages of a bundle, each a loaded ExecuTorch method, layers in order and then the head.
+
+    Memory and weights are taken when it is made; it holds the one KV cache of its programs.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Load every stage with `threads` threads (None: as many as ExecuTorch chooses).
+
+        Raises InputError for a thread count that cannot be, BundleError for a program that cannot
+        be loaded or is not what the manifest says.
+        """
+        self.info = bundle.manifest.model
+        stages = bundle.manifest.stages
+        self._layer_stages = [stage for stage in stages if stage.role == "layers"]
+        heads = [stage for stage in stages if stage.role == "head"]
+        if not self._layer_stages or len(heads) != 1 or stages[-1] != heads[0]:
+            roles = ", ".join(f"{stage.name}: {stage.role}" for stage in stages)
+            raise BundleError(
+                f"{bundle.folder} has the stages {roles}; expected layers followed by one head"
+            )
+        self._head_stage = heads[0]
+        self._check_interfaces(bundle)
+        runtime = _load_executorch(threads)
+        self.threads: int = runtime._threadpool_get_thread_count()
+        self._methods = {stage.name: _load_method(runtime, bundle, stage) for stage in stages}
+
+    def _check_interfaces(self, bundle: Bundle) -> None:
+        """Tensors pass by name: everything a stage takes must be there when it runs."""
+        known = set(LAYERS_INPUTS)
+        for stage in self._layer_stages:
+            _require_known(bundle, stage, known)
+            known |= {spec.name for spec in stage.outputs}
+        head_inputs = tuple(spec.name for spec in self._head_stage.inputs)
+        head_outputs = tuple(spec.name for spec in self._head_stage.outputs)
+        if head_inputs != HEAD_INPUTS or head_outputs != HEAD_OUTPUTS or "hidden" not in known:
+            raise BundleError(
+                f"the stage {self._head_stage.name} of {bundle.folder} takes "
+                f"{', '.join(head_inputs)} and gives {', '.join(head_outputs)}, which this "
+                "program does not understand; export the bundle again"
+            )
+
+    def _run_layers(self, *inputs: Tensor) -> Tensor:
+        named = dict(zip(LAYERS_INPUTS, inputs, strict=True))
+        for stage in self._layer_stages:
+            named |= self._execute(stage, [named[spec.name] for spec in stage.inputs])
+        return named["hidden"]
+
+    def _run_head(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return list(self._execute(self._head_stage, list(inputs)).values())
+
+    def _execute(self, stage: Stage, inputs: list[Tensor]) -> dict[str, Tensor]:
+        outputs = self._methods[stage.name](inputs)
+        return {spec.name: value for spec, value in zip(stage.outputs, outputs, strict=True)}
+
+
+def _require_known(bundle: Bundle, stage: Stage, known: set[str]) -> None:
+    missing = [spec.name for spec in stage.inputs if spec.name not in known]
+    if missing:
+        raise BundleError(
+            f"the stage {stage.name} of {bundle.folder} takes {', '.join(missing)}, which nothing "
+            "before it gives; export the bundle again"
+        )
+
+
+def _load_executorch(threads: int | None) -> Any:
+    """The C++ bindings with all operator libraries registered and the thread pool set."""
+    if threads is not None and threads < 1:
+        raise InputError(f"the number of threads is {threads}; give at least 1")
+    with captured_stderr():  # the library tells how it counted the cores
+        # `portable_lib` offers the same and imports the whole compiler stack: four seconds more.
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.extension.pybindings import _C
+
+        # Before any method is loaded: a delegate keeps the pool's size it was loaded with.
+        if threads is not None:
+            _C._unsafe_reset_threadpool(min(threads, _usable_cores()))
+    return _C
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load_method(runtime: Any, bundle: Bundle, stage: Stage) -> Callable[[list[Tensor]], Any]:
+    path = bundle.path(stage.file)
+    data: Path | None = bundle.path(stage.data_file) if stage.data_file else None
+    with captured_stderr() as log:
+        try:
+            program = runtime._load_program(
+                str(path),
+                program_verification=runtime.Verification.InternalConsistency,
+                data_path=None if data is None else str(data),
+            )
+            method = program.load_method(stage.method)
+            meta = method.method_meta()
+        except RuntimeError as error:
+            reason = (log.text() or str(error)).strip().splitlines()[-1].rstrip(".")
+            raise BundleError(
+                f"{path} cannot be loaded by ExecuTorch ({reason}); export the bundle again"
+            ) from error
+    found_inputs = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
+    found_outputs = [meta.output_tensor_meta(i) for i in range(meta.num_outputs())]
+    _check_tensors(path, "inputs", stage.inputs, found_inputs)
+    _check_tensors(path, "outputs", stage.outputs, found_outputs)
+
+    def run(inputs: list[Tensor], _keep_alive: Any = program) -> Any:
+        return method(inputs)
+
+    return run
+
+
+def _check_tensors(path: Path, side: str, said: Sequence[TensorSpec], found: Sequence[Any]) -> None:
+    program = [(_SCALAR_TYPES.get(t.dtype(), str(t.dtype())), tuple(t.sizes())) for t in found]
+    manifest = [(spec.dtype, spec.shape) for spec in said]
+    if program != manifest:
+        raise BundleError(
+            f"{path} has {side} {program}, and bundle.json says {manifest}; export it again"
+        )
+
+
+def _uniform_diffusion_session(bundle: Bundle, threads: int | None) -> UniformDiffusionSession:
+    manifest = bundle.manifest
+    if manifest.sampler.name != "entropy_bound":
+        raise BundleError(
+            f"{bundle.folder} has the sampler {manifest.sampler.name!r}, this program knows "
+            "'entropy_bound'; update the program"
+        )
+    try:
+        settings = UniformDiffusionSettings(**manifest.sampler.settings)
+    except (TypeError, InputError) as error:
+        raise BundleError(
+            f"{bundle.folder} has sampler settings that cannot be used ({error}); export it again"
+        ) from error
+    return UniformDiffusionSession(BundleModel(bundle, threads), manifest.special_tokens, settings)
+
+
+SESSIONS: dict[str, Callable[[Bundle, int | None], UniformDiffusionSession]] = {
+    "uniform_diffusion": _uniform_diffusion_session,
+}
+"""Who runs which generation style."""
+
+
+def open_session(bundle: Bundle, threads: int | None = None) -> UniformDiffusionSession:
+    """Load a bundle and begin a session with its own sampler defaults.
+
+    Raises BundleError for a style that this program does not run yet, and what BundleModel raises.
+    """
+    style = bundle.manifest.style
+    if style not in SESSIONS:
+        raise BundleError(
+            f"{bundle.folder} generates by {style}, this program runs {', '.join(SESSIONS)}; "
+            "update the program"
+        )
+    return SESSIONS[style](bundle, threads)
