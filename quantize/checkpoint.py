@@ -12,7 +12,7 @@ import torch
 from quantize.errors import CheckpointError
 from quantize.json_files import read_json_object
 from quantize.packing import packed_width, unpack_int4
-from quantize.safetensors_folder import SafetensorsFolder
+from quantize.safetensors_folder import SafetensorsFolder, refuse_unprintable_names
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -222,6 +222,7 @@ def _quantized_tensors(
     tensors = recipe.get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(e, dict) for e in tensors.values()):
         raise CheckpointError(f"{path} has no table of tensors; quantize the checkpoint again.")
+    refuse_unprintable_names(path, tensors)
     quantized = {}
     for name, entry in tensors.items():
         scheme = entry.get("scheme")

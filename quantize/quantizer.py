@@ -50,8 +50,8 @@ COPIED_FILES = (
     "chat_template.jinja",
 )
 MAX_SHARD_BYTES = 4 * 2**30
-# Rows of a matrix are quantized this many elements at a time: 128 MiB in fp32.
-_PIECE_ELEMENTS = 2**25
+# Rows of a matrix are quantized this many elements at a time: 32 MiB in fp32.
+_PIECE_ELEMENTS = 2**23
 
 # Called with bytes of source weights done, bytes in all, and the weight just worked on.
 Progress = Callable[[int, int, str], None]
@@ -68,10 +68,10 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Quantizes the Hugging Face folder `source` into the new folder `destination`.
 
-    At most one matrix is in memory (with min-max scales: 128 MiB of one); output files are
-    reserved at their full size first, so a full disk is found before the work. `destination`
-    appears when it is whole. `overwrite` replaces an earlier result of this function, nothing
-    else. The same source, recipe and versions give the same bytes. Raises CheckpointError,
+    In memory at a time, beside torchao's temporaries: one matrix (an expert, a projection), of
+    which 32 MiB with min-max scales. Output files are reserved at their full size first, so a
+    full disk is found before the work. `destination` appears when it is whole. `overwrite`
+    replaces an earlier result of this function, nothing else. The same source, recipe and versions give the same bytes. Raises CheckpointError,
     RecipeError and OutputError.
     """
     checkpoint = open_checkpoint(source)

@@ -6,6 +6,7 @@ It knows shards, their index and headers; it knows nothing of quantization or of
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ class SafetensorsFolder:
                     )
         else:
             raise CheckpointError(_nothing_to_read(folder))
+        refuse_unprintable_names(folder, self._file_of)
 
     def _open(self, file: str) -> set[str]:
         path = self.folder / file
@@ -136,6 +138,16 @@ class SafetensorsFolder:
             ) from error
 
 
+def refuse_unprintable_names(path: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError for a name that could not be shown in a message as it is."""
+    for name in names:
+        if not name.isprintable():
+            raise CheckpointError(
+                f"{path} has a tensor named {name!r}, which no model has; "
+                "take the checkpoint from a source you trust."
+            )
+
+
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -145,7 +157,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         # A plain file name: an index must not reach outside its own folder.
         plain = isinstance(file, str) and file.endswith(".safetensors")
-        if not plain or any(character in file for character in "/\\\0"):
+        if not plain or not file.isprintable() or "/" in file or "\\" in file:
             raise CheckpointError(
                 f"{path} places tensor {name} in {file!r}, which is not a safetensors file of "
                 "the same folder; take the checkpoint from a source you trust."

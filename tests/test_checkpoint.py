@@ -253,6 +253,13 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path, entry):
     assert "model.norm.weight" in message
 
 
+@pytest.mark.parametrize("name", ["model.\nweight", "model.\x1b[2Jweight"])
+def test_a_name_that_would_garble_a_message_is_refused(tmp_path, name):
+    _write(tmp_path)
+    save_file({name: torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert repr(name) in _message(tmp_path)
+
+
 @pytest.mark.parametrize("table", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
 def test_an_index_without_a_table_is_refused(tmp_path, table):
     _write(tmp_path, shards=2)
