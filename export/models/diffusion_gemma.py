@@ -18,6 +18,7 @@ from export.models.experts import (
     Expert,
     ExpertComputation,
     GatheredExperts,
+    stack_experts,
 )
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
@@ -215,16 +216,22 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization over the last dimension, with or without a weight."""
+    """Root-mean-square normalization over the last dimension, with or without a weight.
+
+    The mean is a product with a constant row, which every backend delegates; XNNPACK refuses a
+    `mean` over one dimension, and that would cut a layer into a dozen delegates.
+    """
 
     def __init__(self, size: int, eps: float, *, weighted: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, device="meta")) if weighted else None
+        self.register_buffer("mean_row", torch.full((1, size), 1.0 / size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `[..., size]`."""
-        normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
+        mean_square = nn.functional.linear(x * x, self.mean_row)
+        normed = x * torch.rsqrt(mean_square + self.eps)
         return normed if self.weight is None else normed * self.weight
 
 
@@ -320,7 +327,8 @@ class _Rotary:
 
     def turn(self, x: Tensor) -> Tensor:
         """Rotate `[T, heads, head size]`."""
-        first, second = x.chunk(2, dim=-1)
+        half = x.shape[-1] // 2
+        first, second = x[..., :half], x[..., half:]  # slices are delegated, a split is not
         return torch.cat(
             [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1
         )
@@ -364,11 +372,16 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, layer, cache_length)
         self.mlp = GatedMLP(hidden, config.intermediate_size)
         self.router = Router(config)
-        experts = [Expert(hidden, config.expert_size, gelu_tanh) for _ in range(config.num_experts)]
+        size, count = config.expert_size, config.num_experts
         self.experts = (
-            DenseExperts(experts)
+            DenseExperts(hidden, size, count, gelu_tanh)
             if computation == "dense"
-            else GatheredExperts(experts, config.canvas_length, config.top_k, hidden)
+            else GatheredExperts(
+                [Expert(hidden, size, gelu_tanh) for _ in range(count)],
+                tokens=config.canvas_length,
+                top_k=config.top_k,
+                hidden_size=hidden,
+            )
         )
         self.input_layernorm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
@@ -498,18 +511,24 @@ def build_layers(
 
     def load(name: str, shape: torch.Size, index: int | None = None) -> Tensor:
         used.add(name)
-        stored = tuple(checkpoint.shape(name))[0 if index is None else 1 :]
+        stored = tuple(checkpoint.shape(name))
+        stacked = len(stored) == 3 and index is None
+        if index is not None:
+            stored = stored[1:]
+        elif stacked:
+            stored = (stored[0] * stored[1], stored[2])
         if stored != tuple(shape):
             raise CheckpointError(
-                f"tensor {name} has shape {list(stored)}, config.json wants {list(shape)}"
+                f"tensor {name} has shape {list(checkpoint.shape(name))}, which does not fit "
+                "config.json; take config and weights from one checkpoint"
             )
-        return checkpoint.get(name, index)
+        weight = checkpoint.get(name, index)
+        return stack_experts(weight) if stacked else weight
 
     for path, parameter in list(model.named_parameters()):
         owner_path, _, leaf = path.rpartition(".")
         owner = model.get_submodule(owner_path)
-        name, index = _checkpoint_name(path)
-        weight = load(name, parameter.shape, index)
+        weight = load(*_checkpoint_name(path, parameter.shape))
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
     for i, layer in enumerate(model.layers):
         scalars = [
@@ -520,12 +539,15 @@ def build_layers(
     return model.eval(), _notes(checkpoint.names() - used)
 
 
-def _checkpoint_name(path: str) -> tuple[str, int | None]:
-    """Map a parameter's path here to the checkpoint's tensor name, and the expert's slice."""
+def _checkpoint_name(path: str, shape: torch.Size) -> tuple[str, torch.Size, int | None]:
+    """Map a parameter's path here to the checkpoint's tensor, its shape here, and its slice."""
     parts = path.split(".")
-    if "experts" in parts:  # layers.I.experts.experts.E.gate_up_proj.weight
-        return f"model.decoder.layers.{parts[1]}.experts.{parts[5]}", int(parts[4])
-    return f"model.decoder.{path}", None
+    if "experts" not in parts:
+        return f"model.decoder.{path}", shape, None
+    # layers.I.experts.{experts.E.}{gate_up_proj|down_proj}{.E}.weight
+    leaf = next(part for part in parts if part.endswith("_proj"))
+    index = next((int(part) for part in parts[2:] if part.isdigit()), None)
+    return f"model.decoder.layers.{parts[1]}.experts.{leaf}", shape, index
 
 
 def _notes(unused: set[str]) -> list[str]:

@@ -61,26 +61,68 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map rows `[N, H]` to `[N, H]`."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)
+        gate_up = self.gate_up_proj(x)
+        size = gate_up.shape[-1] // 2
+        # Slices are delegated to XNNPACK, a split is not.
+        return self.down_proj(self.activation(gate_up[..., :size]) * gate_up[..., size:])
 
 
 class DenseExperts(nn.Module):
-    """Every expert on every row, weighted by the router (zero where not chosen)."""
+    """Every expert on every row, weighted by the router (zero where not chosen).
 
-    def __init__(self, experts: list[Expert]) -> None:
+    The gate and up products of all experts read the same rows, so they are one product. The down
+    products stay apart: one product over all experts would quantize the activations of all of
+    them on one scale, which gathered experts do not.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        activation: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(experts)
-        self.register_buffer("expert_ids", torch.arange(len(experts)), persistent=False)
+        self.num_experts, self.expert_size, self.activation = num_experts, expert_size, activation
+        width = num_experts * 2 * expert_size
+        self.gate_up_proj = nn.Linear(hidden_size, width, bias=False, device="meta")
+        self.down_proj = nn.ModuleList(
+            nn.Linear(expert_size, hidden_size, bias=False, device="meta")
+            for _ in range(num_experts)
+        )
+        self.register_buffer("expert_ids", torch.arange(num_experts), persistent=False)
 
     def forward(self, x: Tensor, top_k_weights: Tensor, top_k_index: Tensor) -> Tensor:
         """Mix experts for rows `x` `[T, H]` by `top_k_weights` and `top_k_index` `[T, K]`."""
         chosen = (top_k_index.unsqueeze(-1) == self.expert_ids).to(x.dtype)
         weights = (chosen * top_k_weights.unsqueeze(-1)).sum(dim=1)  # [T, E]
-        mixed = self.experts[0](x) * weights[:, 0:1]
-        for e, expert in enumerate(self.experts[1:], start=1):
-            mixed = mixed + expert(x) * weights[:, e : e + 1]
+        size = self.expert_size
+        gate_up = self.gate_up_proj(x).view(-1, self.num_experts, 2 * size)
+        # Slices are delegated to XNNPACK, a split is not.
+        inner = self.activation(gate_up[..., :size]) * gate_up[..., size:]
+        inner = inner.view(-1, self.num_experts * size)
+        mixed = self.down_proj[0](inner[:, :size]) * weights[:, 0:1]
+        for e, down_proj in enumerate(self.down_proj[1:], start=1):
+            part = down_proj(inner[:, e * size : (e + 1) * size])
+            mixed = mixed + part * weights[:, e : e + 1]
         return mixed
+
+
+def stack_experts(weight: Tensor) -> Tensor:
+    """Turn one 3-D expert weight `[E, N, K]` into the 2-D weight `[E * N, K]`, exactly.
+
+    Rows keep their scales, so this holds for torchao's integer tensors as for plain ones.
+    """
+    if type(weight) is Tensor:
+        return weight.flatten(0, 1)
+    parts = {name: getattr(weight, name).flatten(0, 1) for name in ("qdata", "scale", "zero_point")}
+    return type(weight)(
+        **parts,
+        target_dtype=weight.target_dtype,
+        block_size=tuple(weight.block_size[1:]),
+        dtype=weight.dtype,
+        activation_quantization=weight.activation_quantization,
+    )
 
 
 class GatheredExperts(nn.Module):
