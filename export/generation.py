@@ -201,8 +201,9 @@ class CanvasResult:
 class GenerationResult:
     """One turn: the committed canvases and what they took.
 
-    Times in ms since the call: `first_draft_ms` to the end of the first denoising step,
-    `first_commit_ms` to the first canvas committed, None where it did not come so far.
+    Times in ms since the call, without what `on_event` took: `first_draft_ms` to the end of the
+    first denoising step, `first_commit_ms` to the first canvas committed, None where it did not
+    come so far.
     """
 
     prompt_tokens: int
@@ -401,12 +402,18 @@ class _Turn:
         self.settings = settings
         self.settings_array = settings.as_array()
         self.is_forced = is_forced
-        self.on_event = on_event
+        self.listener = on_event
         self.cancel = cancel
         self.began = time.perf_counter()
         self.encode_ms = 0.0
         self.first_draft_ms: float | None = None
         self.first_commit_ms: float | None = None
+
+    def on_event(self, event: Event) -> None:
+        began = time.perf_counter()
+        self.listener(event)
+        # Whoever watches takes time that is not the model's: move the beginning.
+        self.began += time.perf_counter() - began
 
     def run(self, prompt_tokens: int, canvas_count: int) -> GenerationResult:
         canvases: list[CanvasResult] = []

@@ -1,0 +1,110 @@
+"""Shows a canvas being denoised, live in a terminal or as plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from export.generation import (
+    CanvasCommitted,
+    CanvasDenoised,
+    CanvasStarted,
+    Event,
+    PromptEncoded,
+)
+
+BAR_WIDTH = 24
+SHOWN_STEP_S = 0.08
+"""A step stays on the screen at least this long; a small model's would flicker past."""
+
+
+class LiveCanvas:
+    """A context manager whose `on_event` redraws the canvas in place.
+
+    Accepted positions stand in bold, the noise around them dim; committed text is plain.
+    """
+
+    def __init__(self, console: Console, token_texts: Callable[[Sequence[int]], list[str]]) -> None:
+        self._token_texts = token_texts
+        self._committed = Text()
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> LiveCanvas:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def on_event(self, event: Event) -> None:
+        """Draw what happened."""
+        if isinstance(event, PromptEncoded):
+            self._draw(Text(f"prompt: {event.done} of {event.total} tokens encoded", style="cyan"))
+        elif isinstance(event, CanvasStarted):
+            noise = self._styled(event.tokens, [False] * len(event.tokens))
+            self._draw(Text(f"canvas {event.canvas + 1}, all noise", style="cyan"), noise)
+        elif isinstance(event, CanvasDenoised):
+            self._draw(_status(event), self._styled(event.tokens, event.accepted))
+            time.sleep(max(0.0, SHOWN_STEP_S - (event.layers_ms + event.head_ms) / 1000))
+        elif isinstance(event, CanvasCommitted):
+            self._committed.append("".join(map(_visible, self._token_texts(event.tokens))))
+            self._draw()
+
+    def _styled(self, tokens: Sequence[int], accepted: Sequence[bool]) -> Text:
+        text = Text()
+        for piece, is_accepted in zip(self._token_texts(tokens), accepted, strict=True):
+            text.append(_visible(piece), style="bold" if is_accepted else "dim")
+        return text
+
+    def _draw(self, status: Text | None = None, canvas: Text | None = None) -> None:
+        lines: list[RenderableType] = [status] if status is not None else []
+        lines.append(self._committed + canvas if canvas is not None else self._committed)
+        self._live.update(Group(*lines), refresh=True)
+
+
+class PlainSteps:
+    """The same for a place that is no terminal: one line a step."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> PlainSteps:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def on_event(self, event: Event) -> None:
+        """Print a line about a finished step or canvas."""
+        if isinstance(event, CanvasDenoised):
+            self._console.print(_status(event), soft_wrap=True)
+        elif isinstance(event, CanvasCommitted):
+            self._console.print(
+                f"canvas {event.canvas + 1} committed after {event.steps} steps", highlight=False
+            )
+
+
+def _status(event: CanvasDenoised) -> Text:
+    size, accepted = len(event.tokens), int(event.accepted.sum())
+    entropy = float(event.entropy.mean())
+    return Text(
+        f"canvas {event.canvas + 1}  step {event.step:>2} of at most {event.max_steps}  "
+        f"{_bar(accepted / size)} {accepted:>3} of {size} accepted  "
+        f"mean entropy {entropy:6.3f} nats  {event.layers_ms + event.head_ms:7.1f} ms",
+        style="cyan",
+    )
+
+
+def _bar(share: float) -> str:
+    filled = math.floor(share * BAR_WIDTH)
+    return "█" * filled + "░" * (BAR_WIDTH - filled)
+
+
+def _visible(piece: str) -> str:
+    """A token's text without what would move the terminal's cursor."""
+    return "".join("↵" if c == "\n" else c if c.isprintable() else "·" for c in piece)

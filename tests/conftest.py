@@ -1,0 +1,57 @@
+"""Fixtures that several test files share because they take seconds to make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def toy_programs() -> dict[str, bytes]:
+    """The toy model lowered to ExecuTorch: file name -> bytes. CPU only, portable operators."""
+    from export.runtime import HEAD_INPUTS, LAYERS_INPUTS
+    from tests import toy_model
+
+    return {
+        "layers.pte": toy_model.lower(toy_model.ToyLayers(), LAYERS_INPUTS),
+        "head.pte": toy_model.lower(toy_model.ToyHead(), HEAD_INPUTS),
+    }
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer_json() -> bytes:
+    """A character tokenizer of the toy's vocabulary: three special tokens, then a to z."""
+    from tests import toy_model
+
+    names = ["<pad>", "<eos>", "<bos>", *"abcdefghijklmnopqrstuvwxyz"]
+    assert len(names) == toy_model.INFO.vocabulary_size
+    special = [
+        {"id": i, "content": names[i], "special": True, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for i in range(3)
+    ]  # fmt: skip
+    document = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+        "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\s\\S]"},
+                          "behavior": "Isolated", "invert": False},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(names)},
+                  "unk_token": "<none>"},
+    }  # fmt: skip
+    return json.dumps(document).encode()
+
+
+@pytest.fixture
+def toy_bundle(tmp_path: Path, toy_programs: dict[str, bytes], toy_tokenizer_json: bytes) -> Path:
+    """A whole bundle folder of the toy model, with its tokenizer and a chat template."""
+    from export.bundle import TokenizerInfo, write_bundle
+    from tests import toy_model
+
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    manifest = toy_model.manifest(tokenizer=TokenizerInfo("tokenizer.json", template))
+    files = toy_programs | {"tokenizer.json": toy_tokenizer_json}
+    write_bundle(tmp_path / "toy_bundle", manifest, files)
+    return tmp_path / "toy_bundle"
