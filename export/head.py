@@ -142,9 +142,12 @@ class DiffusionHead(nn.Module):
         gain = (self.soft_cap or 1.0) / entropy_bound.temperature(settings, step).reshape(1, 1)
         first = self._values(hidden, 0)
         shift = self._shift(first, gain)
-        sums, maxima, weighted, soft = self._walk(hidden, first, gain, shift)
+        later = _after(hidden, shift)
+        sums, maxima, weighted, soft = self._walk(later, first, gain, shift)
 
-        block_sums = _accumulate(torch.add, sums)
+        block_max = _accumulate(torch.maximum, maxima)
+        last = block_max[:, :1] + weighted[:, :1] + soft[:, :1]
+        block_sums = _after(_accumulate(torch.add, sums), last)
         fans = block_sums.reshape(self.canvas_length, -1, self.fan)
         fan_sums = fans.sum(dim=2)
         total = fan_sums.sum(dim=1, keepdim=True)  # [T, 1]
@@ -156,7 +159,6 @@ class DiffusionHead(nn.Module):
         per_group = [torch.gather(part, 1, sample_block) for part in sums]
         sample_group, rest = _descend(torch.cat(per_group, dim=1), rest)
 
-        block_max = _accumulate(torch.maximum, maxima)
         best_block = torch.argmax(block_max, dim=1, keepdim=True)
         per_group = [torch.gather(part, 1, best_block) for part in maxima]
         best_group = torch.argmax(torch.cat(per_group, dim=1), dim=1, keepdim=True)
@@ -389,6 +391,16 @@ def _accumulate(operation, parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         result = operation(result, part)
     return result
+
+
+def _after(x: Tensor, condition: Tensor) -> Tensor:
+    """`x`, made to depend on `condition` (which broadcasts to it), so that it cannot come earlier.
+
+    The partitioner moves everything as far as dependencies let it. Without these, the logits of all
+    chunks are computed, and held, while the first chunk's maximum is taken outside the delegate;
+    and the soft embedding is left for the last delegate, for which all exponentials are held.
+    """
+    return x + condition * 0.0
 
 
 def _descend(weights: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:

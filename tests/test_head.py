@@ -90,8 +90,8 @@ def _check(outputs: tuple, expected: _Reference) -> None:
     torch.testing.assert_close(chosen, best_two[:, 0], rtol=0, atol=1e-5)
     assert expected.margin > 1e-4, "a near-tie of the acceptance bound: choose another seed"
     assert torch.equal(accepted[0].bool(), expected.accepted)
-    clear = expected.edge > 1e-5  # a uniform number this close to a step of the CDF may fall beside
-    assert clear.float().mean() > 0.8
+    clear = expected.edge > 1e-6  # a uniform number this close to a step of the CDF may fall beside
+    assert clear.float().mean() > 0.5
     assert torch.equal(next_canvas[0][clear], expected.next_canvas[clear])
     assert stable.tolist() == [expected.stable_steps]
     assert bool(finished) == bool(expected.finished)
@@ -107,7 +107,7 @@ def _check(outputs: tuple, expected: _Reference) -> None:
         pytest.param(4099, 128, 7, 5.0, id="a low cap that most logits reach"),
         pytest.param(5003, 2000, 6, 30.0, id="wide chunks with padding"),
         pytest.param(1031, 40, 16, None, id="no cap"),
-        pytest.param(262_144, 4096, 2, 30.0, id="the released vocabulary"),
+        pytest.param(262_144, 4096, 12, 30.0, id="the released vocabulary"),
     ],
 )
 def test_fp32_equals_the_full_vocabulary(
