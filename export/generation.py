@@ -201,15 +201,17 @@ class CanvasResult:
 class GenerationResult:
     """One turn: the committed canvases and what they took.
 
-    Times in ms since the call, without what `on_event` took: `first_draft_ms` to the end of the
-    first denoising step, `first_commit_ms` to the first canvas committed, None where it did not
-    come so far.
+    `prompt_ms` is the encoding of what was not cached when the turn began, `encode_ms` that of
+    committed canvases between one canvas and the next. Times in ms since the call, without what
+    `on_event` took: `first_draft_ms` to the end of the first denoising step, `first_commit_ms` to
+    the first canvas committed, None where it did not come so far.
     """
 
     prompt_tokens: int
     canvases: tuple[CanvasResult, ...]
     finish_reason: FinishReason
     special_tokens: SpecialTokens
+    prompt_ms: float
     encode_ms: float
     total_ms: float
     first_draft_ms: float | None
@@ -405,6 +407,7 @@ class _Turn:
         self.listener = on_event
         self.cancel = cancel
         self.began = time.perf_counter()
+        self.prompt_ms = 0.0
         self.encode_ms = 0.0
         self.first_draft_ms: float | None = None
         self.first_commit_ms: float | None = None
@@ -433,6 +436,7 @@ class _Turn:
             canvases=tuple(canvases),
             finish_reason=reason,
             special_tokens=self.session.special_tokens,
+            prompt_ms=self.prompt_ms,
             encode_ms=self.encode_ms,
             total_ms=_ms_since(self.began),
             first_draft_ms=self.first_draft_ms,
@@ -459,7 +463,10 @@ class _Turn:
             ms = _ms_since(began)
             session._cached += len(known)
             done += len(known)
-            self.encode_ms += ms
+            if self.first_commit_ms is None:
+                self.prompt_ms += ms
+            else:
+                self.encode_ms += ms
             self.on_event(PromptEncoded(done, total, ms))
 
     def denoise_canvas(self, is_final: bool) -> tuple[CanvasResult, bool]:

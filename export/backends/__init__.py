@@ -1,0 +1,47 @@
+"""The table of backends that a stage can be lowered to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from export.bundle import Delegation
+from export.staging import StageModule
+from quantize.errors import LoweringError
+
+BACKENDS = {
+    "xnnpack": "export.backends.xnnpack",
+}
+"""Each module has `lower_stage(stage) -> LoweredStage`."""
+
+
+@dataclass(frozen=True)
+class LoweredStage:
+    """A stage's program: how to write it, and which operators run where.
+
+    `write` writes the `.pte` file; `bytes` is its size.
+    """
+
+    write: Callable[[Path], None]
+    bytes: int
+    delegation: Delegation
+
+
+def check_backend(backend: str) -> None:
+    """Raise LoweringError for a backend that is not in the table."""
+    if backend not in BACKENDS:
+        raise LoweringError(
+            f"the backend {backend!r} is not known; supported: {', '.join(sorted(BACKENDS))}"
+        )
+
+
+def lower_stage(stage: StageModule, backend: str) -> LoweredStage:
+    """Lower one stage to `backend`.
+
+    Raises LoweringError for an unknown backend, and for an operator that was meant to be delegated
+    and was not.
+    """
+    check_backend(backend)
+    return import_module(BACKENDS[backend]).lower_stage(stage)

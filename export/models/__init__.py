@@ -1,0 +1,43 @@
+"""The table of model families, by the `model_type` of a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Literal
+
+from quantize.checkpoint import Checkpoint
+from quantize.errors import CheckpointError
+
+FAMILIES = {
+    "diffusion_gemma": "export.models.diffusion_gemma_stages",
+}
+"""Each module has `stage_model(checkpoint, *, maximum_context, experts) -> StagedModel`."""
+
+
+def stage_model(
+    checkpoint: Checkpoint,
+    *,
+    maximum_context: int | None = None,
+    experts: Literal["auto", "dense", "gather"] = "auto",
+) -> Any:
+    """Build a checkpoint's stages with its weights loaded.
+
+    Args:
+        checkpoint: fp32 or int4.
+        maximum_context: positions of the KV cache, canvas included; None: the family's default.
+        experts: how a mixture of experts is computed; `auto` takes the cheaper by estimate.
+
+    Returns:
+        A `export.staging.StagedModel`.
+
+    Raises:
+        CheckpointError: an architecture that no family has, or a checkpoint that does not fit.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"config.json of {checkpoint.folder} has model_type {model_type!r}; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    family = import_module(FAMILIES[model_type])
+    return family.stage_model(checkpoint, maximum_context=maximum_context, experts=experts)

@@ -1,0 +1,175 @@
+"""Lowers a stage through torch.export and ExecuTorch to XNNPACK, and checks what was delegated."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from export.backends import LoweredStage
+from export.bundle import Delegation
+from export.staging import StageModule
+from quantize.errors import LoweringError
+
+# Products and the quantization around them: in ExecuTorch's portable kernels they are orders of
+# magnitude slower, and nothing but the time would tell.
+MUST_BE_DELEGATED = (
+    "aten::linear",
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::matmul",
+    "aten::convolution",
+    "torchao::quantize_affine",
+    "torchao::dequantize_affine",
+    "torchao::choose_qparams_affine",
+)
+QUANTIZED_LINEAR = "int8 dynamic x integer linear"
+
+
+def lower_stage(stage: StageModule) -> LoweredStage:
+    """Lower one stage; see `export.backends.lower_stage`."""
+    # Imported here: seconds, which no other verb should pay.
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
+
+    with _quiet(), _shared_provenance(), torch.no_grad():
+        exported = torch.export.export(stage.module, stage.example_inputs, strict=False)
+        # The plain partitioner takes dynamically quantized linears, too. With the one made for
+        # them in front, each linear becomes a delegate of its own (seven times as many), and the
+        # head's chunks become one delegate that holds a whole canvas of logits.
+        edge = to_edge_transform_and_lower(
+            exported,
+            partitioner=[XnnpackPartitioner()],
+            # `index_put` with a None index is outside of the edge dialect's verifier.
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+        delegated = _delegated_operators(edge.exported_program().graph_module)
+        _check_linears(stage, delegated[QUANTIZED_LINEAR])
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                # Keeps the KV cache's writes in place. Numerically wrong on temporaries, so every
+                # in-place write in our graphs goes to a registered buffer.
+                run_reinplace_pass=stage.mutates_buffers,
+                do_quant_fusion_and_const_prop=True,
+                extract_delegate_segments=True,
+            )
+        )
+    plan = program.executorch_program.execution_plan[0]
+    delegates, portable = _instructions(plan)
+    _check_portable(stage, portable)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            program.write_to_file(file)
+
+    return LoweredStage(
+        write=write,
+        bytes=len(program.buffer),
+        delegation=Delegation(delegates, dict(delegated), dict(portable)),
+    )
+
+
+def _delegated_operators(graph_module: torch.fx.GraphModule) -> Counter[str]:
+    """Operators inside of the delegates, by name; quantized linears have a name of their own."""
+    counts: Counter[str] = Counter()
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        lowered = getattr(graph_module, str(node.target), None)
+        original = getattr(lowered, "original_module", None)
+        if original is None:
+            continue
+        for inner in original.graph_module.graph.nodes:
+            if inner.op != "call_function":
+                continue
+            name = _name(inner)
+            if name == "aten::linear" and all(
+                _name(argument) == "torchao::dequantize_affine" for argument in inner.args[:2]
+            ):
+                name = QUANTIZED_LINEAR
+            if name not in {"getitem", "alloc"}:
+                counts[name] += 1
+    return counts
+
+
+def _name(node: Any) -> str:
+    """`namespace::operator` of a call, without the overload; the node's own name otherwise."""
+    target = getattr(node, "target", None)
+    schema = getattr(getattr(target, "_op", target), "_schema", None)
+    return schema.name if schema is not None else getattr(target, "__name__", str(target))
+
+
+def _instructions(plan: Any) -> tuple[int, Counter[str]]:
+    """How many delegates a program calls, and its calls outside of them by operator."""
+    delegates, portable = 0, Counter[str]()
+    for chain in plan.chains:
+        for instruction in chain.instructions:
+            arguments = instruction.instr_args
+            kind = type(arguments).__name__
+            if kind == "DelegateCall":
+                delegates += 1
+            elif kind == "KernelCall":
+                portable[plan.operators[arguments.op_index].name] += 1
+    return delegates, portable
+
+
+def _check_linears(stage: StageModule, found: int) -> None:
+    expected = sum(_is_dynamically_quantized(p) for p in _weights(stage.module))
+    if found != expected:
+        raise LoweringError(
+            f"stage {stage.name}: {found} of {expected} quantized linears reached XNNPACK as "
+            "int8-dynamic products; this is a fault of the exporter, report it with the config"
+        )
+
+
+def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
+    return iter(module.parameters())
+
+
+def _is_dynamically_quantized(weight: torch.Tensor) -> bool:
+    return getattr(weight, "activation_quantization", None) is not None
+
+
+def _check_portable(stage: StageModule, portable: Counter[str]) -> None:
+    slow = {name: count for name, count in portable.items() if name in MUST_BE_DELEGATED}
+    if slow:
+        listed = ", ".join(f"{name} ({count} times)" for name, count in sorted(slow.items()))
+        raise LoweringError(
+            f"stage {stage.name}: {listed} would run outside of XNNPACK in slow kernels; "
+            "this is a fault of the exporter, report it with the config"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence warnings of the tool chain that no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _shared_provenance() -> Iterator[None]:
+    """Share the records of where a node came from instead of copying them at every pass.
+
+    They are never changed once made, and copying their growing chains deeply took a fifth of the
+    lowering time.
+    """
+    from torch.fx.traceback import NodeSource
+
+    NodeSource.__deepcopy__ = lambda self, memo: self
+    try:
+        yield
+    finally:
+        del NodeSource.__deepcopy__

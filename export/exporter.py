@@ -1,0 +1,133 @@
+"""From a checkpoint to a bundle: stages built, lowered, checked, described and sealed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Literal
+
+from export.backends import check_backend, lower_stage
+from export.bundle import (
+    Bundle,
+    Manifest,
+    Progress,
+    Stage,
+    TensorSpec,
+    TokenizerInfo,
+    open_bundle,
+    stage_bundle,
+)
+from export.models import stage_model
+from export.staging import StagedModel, StageModule
+from export.tokenizer import TextTokenizer, TokenizerFiles, tokenizer_files
+from quantize.checkpoint import open_checkpoint
+
+TOOL_CHAIN = ("executorch", "torch", "torchao")
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def export_bundle(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    maximum_context: int | None = None,
+    experts: Literal["auto", "dense", "gather"] = "auto",
+    backend: str = "xnnpack",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Lower a checkpoint folder into a bundle folder, which appears whole or not at all.
+
+    Args:
+        source: Hugging Face folder, or an int4 folder of `quantize`.
+        destination: the new bundle; replaced only with `overwrite`, and only if it is a bundle.
+        maximum_context: positions of the KV cache, canvas included; None: the family's default.
+        experts: how a mixture of experts is computed; `auto` takes the cheaper by estimate.
+        backend: one of `export.backends.BACKENDS`.
+        progress: called with (done, total, what); the unit is one piece of work.
+
+    Raises:
+        UserError: a checkpoint, tokenizer, option or destination that cannot be used, an operator
+            that did not reach the backend, a full disk.
+    """
+    check_backend(backend)
+    checkpoint = open_checkpoint(source)
+    tokenizer = tokenizer_files(checkpoint.folder)
+    with stage_bundle(destination, overwrite=overwrite) as writer:
+        report = progress or (lambda done, total, what: None)
+        report(0, 1, "loading the weights")
+        model = stage_model(checkpoint, maximum_context=maximum_context, experts=experts)
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, model)
+            writer.path(TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())
+        delegation = {}
+        total = len(model.stages) + 2
+        for done, stage in enumerate(model.stages, start=1):
+            report(done, total, f"lowering {stage.name}")
+            lowered = lower_stage(stage, backend)
+            lowered.write(writer.path(_file(stage)))
+            delegation[stage.name] = lowered.delegation
+        report(total - 1, total, "sealing")
+        writer.finish(
+            Manifest(
+                model=model.info,
+                style=model.style,
+                sampler=model.sampler,
+                special_tokens=model.special_tokens,
+                stages=tuple(_describe(stage) for stage in model.stages),
+                backend=backend,
+                versions={name: importlib.metadata.version(name) for name in TOOL_CHAIN},
+                experts=model.experts,
+                tokenizer=(
+                    None
+                    if tokenizer is None
+                    else TokenizerInfo(TOKENIZER_FILE, tokenizer.chat_template)
+                ),
+                recipe=None if checkpoint.recipe is None else _recipe_summary(checkpoint.recipe),
+                delegation=delegation,
+            )
+        )
+    return open_bundle(Path(destination), verify=False)
+
+
+def _check_tokenizer(tokenizer: TokenizerFiles, model: StagedModel) -> None:
+    """Refuse a tokenizer of another model before the work, not on the phone."""
+    TextTokenizer(
+        tokenizer.file,
+        model.info.vocabulary_size,
+        chat_template=tokenizer.chat_template,
+        special_tokens=model.special_tokens,
+    )
+
+
+def _file(stage: StageModule) -> str:
+    return f"{stage.name}.pte"
+
+
+def _describe(stage: StageModule) -> Stage:
+    """The stage as the manifest has it; output shapes come from a trace, not from a run."""
+    import torch
+
+    with torch.no_grad():
+        outputs = stage.module(*stage.example_inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return Stage(
+        name=stage.name,
+        role=stage.role,
+        file=_file(stage),
+        inputs=_specs(stage.input_names, stage.example_inputs),
+        outputs=_specs(stage.output_names, outputs),
+    )
+
+
+def _specs(names: tuple[str, ...], tensors: tuple) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in zip(names, tensors, strict=True)
+    )
+
+
+def _recipe_summary(recipe: dict) -> dict:
+    """The recipe without its table of every tensor, which stays with the int4 checkpoint."""
+    return {key: value for key, value in recipe.items() if key != "tensors"}
