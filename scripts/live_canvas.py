@@ -18,7 +18,7 @@ from export.generation import (
     PromptEncoded,
 )
 
-BAR_WIDTH = 24
+BAR_WIDTH = 16
 SHOWN_STEP_S = 0.08
 """A step stays on the screen at least this long; a small model's would flicker past."""
 
@@ -93,10 +93,11 @@ def _status(event: CanvasDenoised) -> Text:
     size, accepted = len(event.tokens), int(event.accepted.sum())
     entropy = float(event.entropy.mean())
     return Text(
-        f"canvas {event.canvas + 1}  step {event.step:>2} of at most {event.max_steps}  "
-        f"{_bar(accepted / size)} {accepted:>3} of {size} accepted  "
-        f"mean entropy {entropy:6.3f} nats  {event.layers_ms + event.head_ms:7.1f} ms",
+        f"canvas {event.canvas + 1} step {event.step:>2}/{event.max_steps} "
+        f"{_bar(accepted / size)} {accepted:>3}/{size} accepted  "
+        f"{entropy:5.3f} nats  {event.layers_ms + event.head_ms:6.1f} ms",
         style="cyan",
+        no_wrap=True,
     )
 
 

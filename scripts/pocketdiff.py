@@ -199,7 +199,9 @@ def _print_bundle(bundle: Bundle) -> None:
 
     manifest = bundle.manifest
     model, special, tokenizer = manifest.model, manifest.special_tokens, manifest.tokenizer
-    recipe = "none (not quantized)" if manifest.recipe is None else manifest.recipe.get("name", "?")
+    recipe = "none (not quantized)"
+    if manifest.recipe is not None:
+        recipe = manifest.recipe.get("recipe", manifest.recipe).get("name", "without a name")
     estimates = ", ".join(
         f"{name} {value:.2f} ms" for name, value in manifest.experts.estimated_ms_per_layer.items()
     )
@@ -238,7 +240,7 @@ def _print_bundle(bundle: Bundle) -> None:
         stages.add_row(
             stage.name,
             stage.role,
-            f"{stage.file}:{stage.method}",
+            stage.file,
             size(bundle.files[stage.file].bytes),
             "-" if report is None else str(report.delegates),
             "-" if report is None else f"{sum(report.delegated.values())} operators",
@@ -339,6 +341,7 @@ def _generation_document(
         "settings": asdict(settings),
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": result.new_tokens,
+        "prompt_ms": result.prompt_ms,
         "encode_ms": result.encode_ms,
         "first_draft_ms": result.first_draft_ms,
         "first_commit_ms": result.first_commit_ms,
@@ -361,7 +364,7 @@ def _generation_table(result: GenerationResult) -> Any:
     }
     return fact_table(
         [
-            ("prompt", f"{result.prompt_tokens} tokens, encoded in {result.encode_ms:,.1f} ms"),
+            ("prompt", f"{result.prompt_tokens} tokens, encoded in {result.prompt_ms:,.1f} ms"),
             ("time to first draft", number(result.first_draft_ms, "ms")),
             ("time to first committed text", number(result.first_commit_ms, "ms")),
             ("denoising step, median", number(result.median_step_ms, "ms", 2)),
