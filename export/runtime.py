@@ -7,8 +7,9 @@ The loop itself is `export.generation`'s; which session serves which style of bu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.bundle import Bundle, ModelInfo, Stage, TensorSpec
+from export.bundle import Bundle, ModelInfo, Sampler, SpecialTokens, Stage, TensorSpec
 from export.generation import (
     HeadOutput,
     UniformDiffusionSession,
     UniformDiffusionSettings,
 )
 from export.process import captured_stderr
+from export.staging import StagedModel
 from quantize.errors import BundleError, InputError
 
 # ExecuTorch's ScalarType (runtime/core/portable_type/scalar_type.h).
@@ -57,10 +59,27 @@ HEAD_OUTPUTS = (
 )
 
 
-class _TensorModel:
-    """Between the loop's arrays `[T]` and the stages' tensors `[1, T]`."""
+@dataclass(frozen=True)
+class _LoadedStage:
+    """A stage that can be run: `run` takes and gives tensors in the order of the names."""
 
-    info: ModelInfo
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: Callable[[list[Tensor]], Sequence[Tensor]]
+
+    def __call__(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = self.run([named[name] for name in self.inputs])
+        return dict(zip(self.outputs, values, strict=True))
+
+
+class _TensorModel:
+    """Between the loop's arrays `[T]` and the stages' tensors `[1, T]`, which pass by name."""
+
+    def __init__(self, info: ModelInfo, layers: Sequence[_LoadedStage], head: _LoadedStage) -> None:
+        self.info = info
+        self._layers = tuple(layers)
+        self._head = head
 
     def zero_signal(self) -> Tensor:
         """Zeros `[1, T, H]` fp32."""
@@ -68,7 +87,7 @@ class _TensorModel:
 
     def layers(self, tokens: np.ndarray, start: int, denoise: bool, signal: Tensor) -> Tensor:
         """See `UniformDiffusionModel`; returns hidden states `[1, T, H]`."""
-        return self._run_layers(
+        return self.run_layers(
             torch.from_numpy(tokens).unsqueeze(0),
             torch.tensor([start]),
             torch.tensor([int(denoise)]),
@@ -88,7 +107,7 @@ class _TensorModel:
         targets: np.ndarray,
     ) -> HeadOutput:
         """See `UniformDiffusionModel`."""
-        outputs = self._run_head(
+        named = self.run_head(
             hidden,
             torch.from_numpy(canvas).unsqueeze(0),
             torch.from_numpy(previous_argmax).unsqueeze(0),
@@ -99,7 +118,6 @@ class _TensorModel:
             torch.from_numpy(random_tokens).unsqueeze(0),
             torch.from_numpy(targets).unsqueeze(0),
         )
-        named = dict(zip(HEAD_OUTPUTS, outputs, strict=True))
         return HeadOutput(
             next_canvas=named["next_canvas"].squeeze(0).numpy(),
             argmax=named["argmax"].squeeze(0).numpy(),
@@ -111,30 +129,49 @@ class _TensorModel:
             signal=named["signal"],
         )
 
-    def _run_layers(self, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+    def run_layers(self, *inputs: Tensor) -> Tensor:
+        """All layer stages on the tensors of LAYERS_INPUTS; returns hidden states `[1, T, H]`."""
+        named = dict(zip(LAYERS_INPUTS, inputs, strict=True))
+        for stage in self._layers:
+            named |= stage(named)
+        return named["hidden"]
 
-    def _run_head(self, *inputs: Tensor) -> Sequence[Tensor]:
-        raise NotImplementedError
+    def run_head(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """The head on the tensors of HEAD_INPUTS; returns those of HEAD_OUTPUTS by name."""
+        return self._head(dict(zip(HEAD_INPUTS, inputs, strict=True)))
 
 
 class EagerModel(_TensorModel):
-    """The reference: two modules with the stages' signatures, run by PyTorch."""
+    """The reference: modules with the stages' signatures, run by PyTorch."""
 
     def __init__(
         self, layers_module: torch.nn.Module, head_module: torch.nn.Module, info: ModelInfo
     ) -> None:
-        self.info = info
-        self._layers_module = layers_module
-        self._head_module = head_module
+        super().__init__(
+            info,
+            [_LoadedStage("layers", LAYERS_INPUTS, LAYERS_OUTPUTS, _eager(layers_module))],
+            _LoadedStage("head", HEAD_INPUTS, HEAD_OUTPUTS, _eager(head_module)),
+        )
 
-    def _run_layers(self, *inputs: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._layers_module(*inputs)
+    @classmethod
+    def from_stages(cls, staged: StagedModel) -> EagerModel:
+        """A model as its family builds it for lowering, without lowering it."""
+        model = cls.__new__(cls)
+        loaded = [
+            _LoadedStage(stage.name, stage.input_names, stage.output_names, _eager(stage.module))
+            for stage in staged.stages
+        ]
+        _TensorModel.__init__(model, staged.info, loaded[:-1], loaded[-1])
+        return model
 
-    def _run_head(self, *inputs: Tensor) -> Sequence[Tensor]:
+
+def _eager(module: torch.nn.Module) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
-            return self._head_module(*inputs)
+            outputs = module(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return run
 
 
 class BundleModel(_TensorModel):
@@ -149,49 +186,51 @@ class BundleModel(_TensorModel):
         Raises InputError for a thread count that cannot be, BundleError for a program that cannot
         be loaded or is not what the manifest says.
         """
-        self.info = bundle.manifest.model
         stages = bundle.manifest.stages
-        self._layer_stages = [stage for stage in stages if stage.role == "layers"]
-        heads = [stage for stage in stages if stage.role == "head"]
-        if not self._layer_stages or len(heads) != 1 or stages[-1] != heads[0]:
-            roles = ", ".join(f"{stage.name}: {stage.role}" for stage in stages)
-            raise BundleError(
-                f"{bundle.folder} has the stages {roles}; expected layers followed by one head"
-            )
-        self._head_stage = heads[0]
-        self._check_interfaces(bundle)
+        _check_interfaces(bundle)
         runtime = _load_executorch(threads)
         self.threads: int = runtime._threadpool_get_thread_count()
-        self._methods = {stage.name: _load_method(runtime, bundle, stage) for stage in stages}
-
-    def _check_interfaces(self, bundle: Bundle) -> None:
-        """Tensors pass by name: everything a stage takes must be there when it runs."""
-        known = set(LAYERS_INPUTS)
-        for stage in self._layer_stages:
-            _require_known(bundle, stage, known)
-            known |= {spec.name for spec in stage.outputs}
-        head_inputs = tuple(spec.name for spec in self._head_stage.inputs)
-        head_outputs = tuple(spec.name for spec in self._head_stage.outputs)
-        if head_inputs != HEAD_INPUTS or head_outputs != HEAD_OUTPUTS or "hidden" not in known:
-            raise BundleError(
-                f"the stage {self._head_stage.name} of {bundle.folder} takes "
-                f"{', '.join(head_inputs)} and gives {', '.join(head_outputs)}, which this "
-                "program does not understand; export the bundle again"
+        loaded = [
+            _LoadedStage(
+                stage.name,
+                tuple(spec.name for spec in stage.inputs),
+                tuple(spec.name for spec in stage.outputs),
+                _load_method(runtime, bundle, stage),
             )
+            for stage in stages
+        ]
+        super().__init__(bundle.manifest.model, loaded[:-1], loaded[-1])
 
-    def _run_layers(self, *inputs: Tensor) -> Tensor:
-        named = dict(zip(LAYERS_INPUTS, inputs, strict=True))
-        for stage in self._layer_stages:
-            named |= self._execute(stage, [named[spec.name] for spec in stage.inputs])
-        return named["hidden"]
 
-    def _run_head(self, *inputs: Tensor) -> Sequence[Tensor]:
-        return list(self._execute(self._head_stage, list(inputs)).values())
-
-    def _execute(self, stage: Stage, inputs: list[Tensor]) -> dict[str, Tensor]:
-        with _single_torch_thread():
-            outputs = self._methods[stage.name](inputs)
-        return {spec.name: value for spec, value in zip(stage.outputs, outputs, strict=True)}
+def _check_interfaces(bundle: Bundle) -> None:
+    """Everything a stage takes must be there when it runs, and the head must be the loop's."""
+    *layer_stages, head = bundle.manifest.stages
+    if not layer_stages or head.role != "head" or any(s.role != "layers" for s in layer_stages):
+        roles = ", ".join(f"{stage.name}: {stage.role}" for stage in bundle.manifest.stages)
+        raise BundleError(
+            f"{bundle.folder} has the stages {roles}; expected layers followed by one head"
+        )
+    known = set(LAYERS_INPUTS)
+    for stage in layer_stages:
+        missing = [spec.name for spec in stage.inputs if spec.name not in known]
+        if missing:
+            raise BundleError(
+                f"the stage {stage.name} of {bundle.folder} takes {', '.join(missing)}, which "
+                "nothing before it gives; export the bundle again"
+            )
+        known |= {spec.name for spec in stage.outputs}
+    head_inputs = {spec.name for spec in head.inputs}
+    head_outputs = {spec.name for spec in head.outputs}
+    if (
+        head_inputs != set(HEAD_INPUTS)
+        or head_outputs != set(HEAD_OUTPUTS)
+        or "hidden" not in known
+    ):
+        raise BundleError(
+            f"the stage {head.name} of {bundle.folder} takes {', '.join(sorted(head_inputs))} and "
+            f"gives {', '.join(sorted(head_outputs))}, which this program does not understand; "
+            "export the bundle again"
+        )
 
 
 @contextmanager
@@ -207,15 +246,6 @@ def _single_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _require_known(bundle: Bundle, stage: Stage, known: set[str]) -> None:
-    missing = [spec.name for spec in stage.inputs if spec.name not in known]
-    if missing:
-        raise BundleError(
-            f"the stage {stage.name} of {bundle.folder} takes {', '.join(missing)}, which nothing "
-            "before it gives; export the bundle again"
-        )
 
 
 def _load_executorch(threads: int | None) -> Any:
@@ -238,7 +268,9 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load_method(runtime: Any, bundle: Bundle, stage: Stage) -> Callable[[list[Tensor]], Any]:
+def _load_method(
+    runtime: Any, bundle: Bundle, stage: Stage
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     path = bundle.path(stage.file)
     data: Path | None = bundle.path(stage.data_file) if stage.data_file else None
     with captured_stderr() as log:
@@ -260,8 +292,9 @@ def _load_method(runtime: Any, bundle: Bundle, stage: Stage) -> Callable[[list[T
     _check_tensors(path, "inputs", stage.inputs, found_inputs)
     _check_tensors(path, "outputs", stage.outputs, found_outputs)
 
-    def run(inputs: list[Tensor], _keep_alive: Any = program) -> Any:
-        return method(inputs)
+    def run(inputs: list[Tensor], _keep_alive: Any = program) -> Sequence[Tensor]:
+        with _single_torch_thread():
+            return method(inputs)
 
     return run
 
@@ -275,23 +308,25 @@ def _check_tensors(path: Path, side: str, said: Sequence[TensorSpec], found: Seq
         )
 
 
-def _uniform_diffusion_session(bundle: Bundle, threads: int | None) -> UniformDiffusionSession:
-    manifest = bundle.manifest
-    if manifest.sampler.name != "entropy_bound":
+def _uniform_diffusion_session(
+    model: _TensorModel, sampler: Sampler, special_tokens: SpecialTokens
+) -> UniformDiffusionSession:
+    if sampler.name != "entropy_bound":
         raise BundleError(
-            f"{bundle.folder} has the sampler {manifest.sampler.name!r}, this program knows "
+            f"{model.info.name} has the sampler {sampler.name!r}, this program knows "
             "'entropy_bound'; update the program"
         )
     try:
-        settings = UniformDiffusionSettings(**manifest.sampler.settings)
+        settings = UniformDiffusionSettings(**sampler.settings)
     except (TypeError, InputError) as error:
         raise BundleError(
-            f"{bundle.folder} has sampler settings that cannot be used ({error}); export it again"
+            f"{model.info.name} has sampler settings that cannot be used ({error}); correct them "
+            "in the checkpoint's generation_config.json and export it again"
         ) from error
-    return UniformDiffusionSession(BundleModel(bundle, threads), manifest.special_tokens, settings)
+    return UniformDiffusionSession(model, special_tokens, settings)
 
 
-SESSIONS: dict[str, Callable[[Bundle, int | None], UniformDiffusionSession]] = {
+SESSIONS: dict[str, Callable[[_TensorModel, Sampler, SpecialTokens], UniformDiffusionSession]] = {
     "uniform_diffusion": _uniform_diffusion_session,
 }
 """Who runs which generation style."""
@@ -302,10 +337,24 @@ def open_session(bundle: Bundle, threads: int | None = None) -> UniformDiffusion
 
     Raises BundleError for a style that this program does not run yet, and what BundleModel raises.
     """
-    style = bundle.manifest.style
+    manifest = bundle.manifest
+    begin = _session_of(manifest.style, bundle.folder)
+    return begin(BundleModel(bundle, threads), manifest.sampler, manifest.special_tokens)
+
+
+def open_eager_session(staged: StagedModel) -> UniformDiffusionSession:
+    """Begin a session with a model that is run by PyTorch, with its own sampler defaults.
+
+    Raises BundleError for a style that this program does not run yet.
+    """
+    begin = _session_of(staged.style, staged.info.name)
+    return begin(EagerModel.from_stages(staged), staged.sampler, staged.special_tokens)
+
+
+def _session_of(style: str, what: object) -> Callable[..., UniformDiffusionSession]:
     if style not in SESSIONS:
         raise BundleError(
-            f"{bundle.folder} generates by {style}, this program runs {', '.join(SESSIONS)}; "
+            f"{what} generates by {style}, this program runs {', '.join(SESSIONS)}; "
             "update the program"
         )
-    return SESSIONS[style](bundle, threads)
+    return SESSIONS[style]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 # What a verb needs beyond this is imported inside of it: --help must not wait for torch.
-from quantize.errors import UserError
+from quantize.errors import InputError, UserError
 from scripts.console import (
     err_console,
     fact_table,
@@ -377,12 +377,101 @@ def _generation_table(result: GenerationResult) -> Any:
     )
 
 
+@app.command()
+def evaluate(
+    subjects: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="Bundles and checkpoint folders, in any mixture."),
+    ],
+    puzzles: Annotated[int, typer.Option(min=1, help="Held-out puzzles of each kind.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses puzzles and random numbers.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure exact match and denoising loss on held-out puzzles, the same for every model.
+
+    A checkpoint folder is run by PyTorch as it is (fp32 or int4), a bundle by ExecuTorch.
+    """
+    from export.evaluation import evaluate as measure
+    from quantize.puzzles import KINDS
+    from quantize.puzzles import generate as draw
+
+    tasks = [puzzle for kind in KINDS for puzzle in draw(kind, puzzles, seed, "held_out")]
+    document: list[dict[str, Any]] = []
+    for subject in subjects:
+        with reporting(f"evaluating {subject}") as progress:
+            kind, session, tokenizer = _open_subject(subject, threads)
+            tallies = measure(session, tokenizer, tasks, seed=seed, progress=progress)
+        rows = [
+            asdict(tally) | {"exact_match": tally.exact_match, "interval_95": list(tally.interval)}
+            for tally in tallies
+        ]
+        document.append({"model": str(subject), "run_as": kind, "results": rows})
+    if as_json:
+        print_json({"puzzles_per_kind": puzzles, "seed": seed, "models": document})
+        return
+    from rich.table import Table
+
+    table = Table("model", "puzzle", title=f"{puzzles} held-out puzzles of each kind")
+    for heading in ("exact", "95 % interval", "nats/token", "steps"):
+        table.add_column(heading, justify="right")
+    for entry in document:
+        for row in entry["results"]:
+            low, high = row["interval_95"]
+            is_first = row is entry["results"][0]
+            table.add_row(
+                f"{Path(entry['model']).name}, {entry['run_as']}" if is_first else "",
+                row["kind"],
+                f"{100 * row['exact_match']:.1f} %",
+                f"{100 * low:.1f}-{100 * high:.1f} %",
+                f"{row['loss']:.4f}",
+                f"{row['mean_steps']:.1f}",
+                end_section=row is entry["results"][-1],
+            )
+    out_console().print(table)
+
+
+def _open_subject(folder: Path, threads: int | None) -> tuple[str, Any, Any]:
+    """How it is run, a session and a tokenizer, for a bundle or a checkpoint folder."""
+    from export.bundle import MANIFEST_FILE, open_bundle
+    from export.tokenizer import TextTokenizer, open_tokenizer, tokenizer_files
+
+    if (folder / MANIFEST_FILE).is_file():
+        bundle = open_bundle(folder)
+        from export.runtime import open_session
+
+        kind = "fp32 bundle" if bundle.manifest.recipe is None else "int4 bundle"
+        return kind, open_session(bundle, threads), open_tokenizer(bundle)
+    from export.models import stage_model
+    from quantize.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    files = tokenizer_files(folder)
+    if files is None:
+        raise InputError(f"{folder} has no tokenizer.json; put the model's there")
+    import torch
+
+    from export.runtime import open_eager_session
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    staged = stage_model(checkpoint)
+    tokenizer = TextTokenizer(
+        files.file,
+        staged.info.vocabulary_size,
+        chat_template=files.chat_template,
+        special_tokens=staged.special_tokens,
+    )
+    kind = "int4 eager" if checkpoint.is_quantized else "fp32 eager"
+    return kind, open_eager_session(staged), tokenizer
+
+
 def main() -> None:
     """The entry point."""
     signal.signal(signal.SIGTERM, _end)
     # Libraries tell of kernels that are for other processors, and of their own renamings.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     sys.exit(run(sys.argv[1:]))
 

@@ -484,7 +484,7 @@ def test_stages_in_the_wrong_order_or_with_unknown_inputs_are_refused(
 ) -> None:
     layers, head = toy_model.manifest().stages
     renamed = replace(layers, inputs=toy_model.specs(("tokens", "start", "denoise", "entropy")))
-    for number, stages in enumerate([(head, layers), (layers,), (renamed, head)]):
+    for number, stages in enumerate([(head, layers), (layers,), (head,), (renamed, head)]):
         manifest = replace(toy_model.manifest(), stages=stages)
         bundle = write_bundle(tmp_path / f"bundle{number}", manifest, toy_programs)
         with pytest.raises(BundleError, match="stage"):
