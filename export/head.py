@@ -142,8 +142,7 @@ class DiffusionHead(nn.Module):
         gain = (self.soft_cap or 1.0) / entropy_bound.temperature(settings, step).reshape(1, 1)
         first = self._values(hidden, 0)
         shift = self._shift(first, gain)
-        later = _after(hidden, shift)
-        sums, maxima, weighted, soft = self._walk(later, first, gain, shift)
+        sums, maxima, weighted, soft = self._walk(hidden, first, gain, shift)
 
         block_max = _accumulate(torch.maximum, maxima)
         last = block_max[:, :1] + weighted[:, :1] + soft[:, :1]
@@ -239,7 +238,7 @@ class DiffusionHead(nn.Module):
         maxima: list[Tensor] = []
         weighted = soft = None
         for k in range(self.chunks):
-            value = self._values(hidden, k) if k else first
+            value = self._values(_after(hidden, soft[:, :1]), k) if k else first
             exponential = self._exponentials(value, gain, shift)
             product = exponential * value
             part = self.soft_chunks[k](exponential)
@@ -396,9 +395,9 @@ def _accumulate(operation, parts: list[Tensor]) -> Tensor:
 def _after(x: Tensor, condition: Tensor) -> Tensor:
     """`x`, made to depend on `condition` (which broadcasts to it), so that it cannot come earlier.
 
-    The partitioner moves everything as far as dependencies let it. Without these, the logits of all
-    chunks are computed, and held, while the first chunk's maximum is taken outside the delegate;
-    and the soft embedding is left for the last delegate, for which all exponentials are held.
+    Lowering sorts nodes by depth and moves them as far as dependencies let it. Without these, the
+    logits of all chunks are computed first, and held; and the soft embedding is left for the last
+    delegate, for which all exponentials are held. 0 * condition is finite by construction.
     """
     return x + condition * 0.0
 

@@ -44,7 +44,9 @@ def lower_stage(stage: StageModule) -> LoweredStage:
     )
 
     with _quiet(), _shared_provenance(), torch.no_grad():
-        exported = torch.export.export(stage.module, stage.example_inputs, strict=False)
+        # Cloned: one tensor given for two inputs would be traced as one input used twice.
+        inputs = tuple(tensor.clone() for tensor in stage.example_inputs)
+        exported = torch.export.export(stage.module, inputs, strict=False)
         # The plain partitioner takes dynamically quantized linears, too. With the one made for
         # them in front, each linear becomes a delegate of its own (seven times as many), and the
         # head's chunks become one delegate that holds a whole canvas of logits.
