@@ -43,9 +43,9 @@ def tiny_config(canvas_length: int = 16, **text: object) -> DiffusionGemmaConfig
         text_config=TINY_TEXT | text,
         vision_config=TINY_VISION,
         canvas_length=canvas_length,
-        image_token_id=None,
-        boi_token_id=None,
-        eoi_token_id=None,
+        image_token_id=100_000,  # outside of the vocabulary: no text token is taken for an image
+        boi_token_id=100_001,
+        eoi_token_id=100_002,
     )
 
 
