@@ -1,4 +1,4 @@
-"""Fixtures that several test files share because they take seconds to make."""
+"""What several test files share and takes seconds: the demo model and a toy, lowered once a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ import json
 from pathlib import Path
 
 import pytest
+
+from export.bundle import Bundle
+from quantize.quantizer import quantize_checkpoint
+from quantize.recipe import preset
+
+DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
+
+
+@pytest.fixture(scope="session")
+def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as an int4 folder of the default recipe."""
+    folder = tmp_path_factory.mktemp("demo") / "int4"
+    quantize_checkpoint(DEMO_MODEL, folder, preset())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_int4: Path) -> Bundle:
+    """The demo model as an int4 bundle for XNNPACK; a minute of lowering."""
+    from export.exporter import export_bundle
+
+    return export_bundle(demo_int4, demo_int4.parent / "bundle")
 
 
 @pytest.fixture(scope="session")
