@@ -7,7 +7,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import IO
 
@@ -41,17 +41,18 @@ class CapturedText:
 
 @contextmanager
 def captured_stderr() -> Iterator[CapturedText]:
-    """Hold back what anything, C++ included, writes to file descriptor 2.
+    """Hold back what anything writes to standard error, C++ by its file descriptor included.
 
-    For the duration of a native call that logs: Python's own `sys.stderr` is caught as well.
+    For the duration of a native call that logs. ExecuTorch's bindings write through Python's
+    `sys.stderr`, its libraries to descriptor 2.
     """
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield CapturedText(file)
+            with open(os.dup(2), "w", buffering=1, errors="replace") as text, redirect_stderr(text):
+                yield CapturedText(file)
         finally:
-            sys.stderr.flush()
             os.dup2(saved, 2)
             os.close(saved)

@@ -112,6 +112,8 @@ class TextTokenizer:
 
     def _no_token_for(self, text: str) -> str:
         """The sentence about the first character that cannot be encoded by itself."""
+        for token in self._tokenizer.get_added_tokens_decoder().values():
+            text = text.replace(token.content, "")
         culprit = next((character for character in text if not self._is_known(character)), text)
         return f"the model has no token for {culprit!r}; leave it out of the prompt"
 

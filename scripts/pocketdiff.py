@@ -103,12 +103,14 @@ def quantize(
         return
     from rich.table import Table
 
-    table = Table("layer", "scheme", title=f"recipe {report.recipe_name}", title_justify="left")
-    for heading in ("before", "after", "bits a weight", "SNR"):
-        table.add_column(heading, justify="right")
+    table = Table(title=f"recipe {report.recipe_name}", title_justify="left", box=None)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("scheme")
+    for heading in ("before", "after", "bits/weight", "SNR"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in (*layers, total):
         table.add_row(
-            row.name,
+            row.name.removeprefix("model."),
             row.scheme,
             size(row.bytes_before),
             size(row.bytes_after),
