@@ -19,8 +19,6 @@ ExpertComputation = Literal["dense", "gather"]
 # 13.5 ms is arithmetic at the same rate, the rest 0.26 ms for each expert's gather and scatter.
 INT4_FLOP_PER_MS = 477e6
 GATHER_MS_PER_EXPERT = 0.26
-# One padded row keeps a product two-dimensional in XNNPACK; two keep `rows >= 2` provable.
-DUMMY_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,24 @@ def choose_expert_computation(
     gather_ms = tokens * top_k * flop_per_row / INT4_FLOP_PER_MS
     gather_ms += num_experts * GATHER_MS_PER_EXPERT
     return ExpertChoice("dense" if dense_ms <= gather_ms else "gather", dense_ms, gather_ms)
+
+
+@torch.library.custom_op(
+    "pocket_diffusion::chosen_rows", mutates_args=(), schema="(Tensor weights) -> Tensor"
+)
+def chosen_rows(weights: Tensor) -> Tensor:
+    """Where `weights` `[R, 1]` is not zero, as `[n, 2]` int64 in ascending order: `aten::nonzero`.
+
+    Under tracing the result has all R rows. So a graph is exported with static shapes, which are
+    upper bounds, and every later row must come from its own row alone. A backend that makes use of
+    it replaces this operator by `nonzero` and checks that: see export/backends/dynamic_rows.py.
+    """
+    return torch.nonzero(weights)
+
+
+@chosen_rows.register_fake
+def _(weights: Tensor) -> Tensor:
+    return weights.new_empty((weights.shape[0], 2), dtype=torch.int64)
 
 
 class Expert(nn.Module):
@@ -128,39 +144,40 @@ def stack_experts(weight: Tensor) -> Tensor:
 class GatheredExperts(nn.Module):
     """Each expert on the rows routed to it, 0 to T of them, exactly.
 
-    Row counts are data dependent, so each expert's rows are collected by `nonzero`, padded by
-    `DUMMY_ROWS` rows of zeros, and scattered to the slot `[T * K]` each came from. The scratch is
-    a registered buffer because the memory planner reuses temporaries under in-place writes.
+    A row of zeros at position T is always chosen, because XNNPACK takes no empty input. An expert's
+    result is added to the running sum of its rows, in the order of `DenseExperts`. The sum is a
+    registered buffer because the memory planner reuses temporaries under in-place writes; and that
+    each expert reads what the one before it wrote keeps a partitioner from merging experts.
     """
 
     def __init__(self, experts: list[Expert], tokens: int, top_k: int, hidden_size: int) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.tokens, self.top_k = tokens, top_k
-        slots = tokens * top_k
-        self.register_buffer("scratch", torch.zeros(slots + DUMMY_ROWS, hidden_size))
-        self.register_buffer("zero_rows", torch.zeros(DUMMY_ROWS, hidden_size), persistent=False)
-        self.register_buffer(
-            "dummy_slots", torch.arange(slots, slots + DUMMY_ROWS), persistent=False
-        )
-        self.register_buffer(
-            "dummy_tokens", torch.arange(tokens, tokens + DUMMY_ROWS), persistent=False
-        )
-        self.register_buffer(
-            "token_of_slot", torch.arange(tokens).repeat_interleave(top_k), persistent=False
-        )
+        unrouted = torch.zeros(tokens + 1, len(experts))
+        unrouted[tokens] = 1.0
+        for name, constant in {
+            "unrouted": unrouted,
+            "zero_row": torch.zeros(1, hidden_size),
+            "all_rows": torch.arange(tokens + 1),
+            "mixed": torch.zeros(tokens + 1, hidden_size),
+        }.items():
+            self.register_buffer(name, constant, persistent=False)
 
     def forward(self, x: Tensor, top_k_weights: Tensor, top_k_index: Tensor) -> Tensor:
-        """Mix experts for rows `x` `[T, H]` by `top_k_weights` and `top_k_index` `[T, K]`."""
-        padded = torch.cat([x, self.zero_rows])
-        expert_of_slot = top_k_index.reshape(-1)
+        """Mix experts for rows `x` `[T, H]` by `top_k_weights` and `top_k_index` `[T, K]`.
+
+        The experts of one row differ. A weight of zero counts as not chosen, which is the same sum.
+        """
+        padded = torch.cat([x, self.zero_row])
+        weights = torch.scatter(self.unrouted, 1, top_k_index, top_k_weights)
+        weights = weights.t().unsqueeze(-1)  # [E, T + 1, 1]
+        put = torch.ops.aten.index_put_
+        put(self.mixed, [self.all_rows], torch.zeros_like(padded))
         for e, expert in enumerate(self.experts):
-            slots = torch.nonzero(expert_of_slot == e).squeeze(-1)
-            # An expert is chosen at most once by each token, so T bounds its rows.
-            torch._check(slots.shape[0] <= self.tokens)
-            token = torch.index_select(self.token_of_slot, 0, slots)
-            rows = torch.index_select(padded, 0, torch.cat([token, self.dummy_tokens]))
-            where = torch.cat([slots, self.dummy_slots])
-            torch.ops.aten.index_put_(self.scratch, [where], expert(rows))
-        mixed = self.scratch[: self.tokens * self.top_k].reshape(self.tokens, self.top_k, -1)
-        return (mixed * top_k_weights.unsqueeze(-1)).sum(dim=1)
+            own_weights = weights[e]
+            rows = chosen_rows(own_weights)[:, 0]
+            part = expert(torch.index_select(padded, 0, rows))
+            part = part * torch.index_select(own_weights, 0, rows)
+            put(self.mixed, [rows], torch.index_select(self.mixed, 0, rows) + part)
+        return self.mixed[: self.tokens].clone()
