@@ -23,11 +23,11 @@ from export.generation import (
 )
 from export.models import stage_model
 from export.runtime import EagerModel
+from export.tokenizer import TextTokenizer, tokenizer_files
 from quantize.checkpoint import open_checkpoint
 from quantize.puzzles import generate
 from tests import hf_reference
-
-DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
+from tests.conftest import DEMO_MODEL
 
 
 class RecordingStreamer:
@@ -88,8 +88,7 @@ def open_session(
 ) -> UniformDiffusionSession:
     """Our eager model of the same checkpoint."""
     staged = stage_model(open_checkpoint(folder), maximum_context=context)
-    layers, head = (stage.module for stage in staged.stages)
-    return UniformDiffusionSession(EagerModel(layers, head, staged.info), special, settings)
+    return UniformDiffusionSession(EagerModel.from_stages(staged), special, settings)
 
 
 def run_reference(
@@ -173,11 +172,7 @@ def test_trained_model_gives_the_same_answers_over_two_turns(
     staged = stage_model(checkpoint)
     special, info = staged.special_tokens, staged.info
     settings = UniformDiffusionSettings(**staged.sampler.settings)
-    layers, head = (stage.module for stage in staged.stages)
-    model = EagerModel(layers, head, info)
-
-    from export.tokenizer import TextTokenizer, tokenizer_files
-
+    model = EagerModel.from_stages(staged)
     files = tokenizer_files(DEMO_MODEL)
     tokenizer = TextTokenizer(
         files.file,
