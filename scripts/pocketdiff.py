@@ -234,21 +234,20 @@ def _print_bundle(bundle: Bundle) -> None:
     ]
     console.print(fact_table(rows, title=str(bundle.folder)))
     console.print()
-    stages = Table("stage", "role", "program", title="stages in order", title_justify="left")
-    for heading in ("size", "delegates", "delegated", "portable"):
+    stages = Table(title="stages in order", title_justify="left", box=None)
+    for heading in ("stage", "program"):
+        stages.add_column(heading, no_wrap=True)
+    for heading in ("size", "delegates", "operators in them", "operators outside"):
         stages.add_column(heading, justify="right")
     for stage in manifest.stages:
         report = manifest.delegation.get(stage.name)
-        stages.add_row(
-            stage.name,
-            stage.role,
-            stage.file,
-            size(bundle.files[stage.file].bytes),
-            "-" if report is None else str(report.delegates),
-            "-" if report is None else f"{sum(report.delegated.values())} operators",
-            "-" if report is None else f"{sum(report.portable.values())} operators",
-        )
+        counts = ("-", "-", "-")
+        if report is not None:
+            operators = (report.delegated, report.portable)
+            counts = (str(report.delegates), *(str(sum(side.values())) for side in operators))
+        stages.add_row(stage.name, stage.file, size(bundle.files[stage.file].bytes), *counts)
     console.print(stages)
+    console.print()
     for stage in manifest.stages:
         shapes = [
             ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in side)
