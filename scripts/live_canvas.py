@@ -26,11 +26,18 @@ SHOWN_STEP_S = 0.08
 class LiveCanvas:
     """A context manager whose `on_event` redraws the canvas in place.
 
-    Accepted positions stand in bold, the noise around them dim; committed text is plain.
+    Accepted positions stand in bold, the noise around them dim; committed text is plain, and the
+    token `padding` is a dot.
     """
 
-    def __init__(self, console: Console, token_texts: Callable[[Sequence[int]], list[str]]) -> None:
+    def __init__(
+        self,
+        console: Console,
+        token_texts: Callable[[Sequence[int]], list[str]],
+        padding: int | None = None,
+    ) -> None:
         self._token_texts = token_texts
+        self._padding = padding
         self._committed = Text()
         self._live = Live(console=console, transient=True, auto_refresh=False)
 
@@ -52,14 +59,20 @@ class LiveCanvas:
             self._draw(_status(event), self._styled(event.tokens, event.accepted))
             time.sleep(max(0.0, SHOWN_STEP_S - (event.layers_ms + event.head_ms) / 1000))
         elif isinstance(event, CanvasCommitted):
-            self._committed.append("".join(map(_visible, self._token_texts(event.tokens))))
+            self._committed.append("".join(self._pieces(event.tokens)))
             self._draw()
 
     def _styled(self, tokens: Sequence[int], accepted: Sequence[bool]) -> Text:
         text = Text()
-        for piece, is_accepted in zip(self._token_texts(tokens), accepted, strict=True):
-            text.append(_visible(piece), style="bold" if is_accepted else "dim")
+        for piece, is_accepted in zip(self._pieces(tokens), accepted, strict=True):
+            text.append(piece, style="bold" if is_accepted else "dim")
         return text
+
+    def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        return [
+            "·" if token == self._padding else _visible(piece)
+            for token, piece in zip(tokens, self._token_texts(tokens), strict=True)
+        ]
 
     def _draw(self, status: Text | None = None, canvas: Text | None = None) -> None:
         lines: list[RenderableType] = [status] if status is not None else []

@@ -309,7 +309,8 @@ def generate(
     if not live:
         view: Any = nullcontext()
     elif console.is_terminal and not as_json:
-        view = LiveCanvas(console, tokenizer.token_texts)
+        padding = bundle.manifest.special_tokens.pad
+        view = LiveCanvas(console, tokenizer.token_texts, padding)
     else:
         view = PlainSteps(err_console())
     with view:

@@ -163,7 +163,7 @@ def test_the_live_canvas_shows_accepted_positions_bold_and_noise_dim(toy_bundle:
     def texts(tokens: Any) -> list[str]:
         return [f"<{int(token)}\n>" for token in tokens]
 
-    with LiveCanvas(console, texts) as view:
+    with LiveCanvas(console, texts, padding=28) as view:
 
         def watch(event: Any) -> None:
             view.on_event(event)
@@ -172,10 +172,11 @@ def test_the_live_canvas_shows_accepted_positions_bold_and_noise_dim(toy_bundle:
         session.generate([2, 5, 6, 7], 12, 3, on_event=watch)
     text = file.getvalue()
     steps = [count for count in accepted if count >= 0]
-    bold, dim = text.count("\x1b[1m<"), text.count("\x1b[2m<")
+    bold, dim = (text.count(f"\x1b[{n}m<") + text.count(f"\x1b[{n}m·") for n in (1, 2))
     assert bold == sum(steps)
     # Each of two canvases is shown once as nothing but noise before its first step.
     assert dim == sum(INFO.canvas_length - count for count in steps) + 2 * INFO.canvas_length
+    assert "<28" not in text and "·" in text  # the one token that is declared to be padding
     assert "↵" in text  # a line break inside of a token would move the cursor
     assert "\x1b[?25h" in text  # and the cursor is given back
 
