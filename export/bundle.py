@@ -144,6 +144,7 @@ class Manifest:
     recipe: dict[str, Any] | None = None
     delegation: dict[str, Delegation] = field(default_factory=dict)
     random: Random = field(default_factory=Random)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -366,6 +367,7 @@ def _parse(document: dict[str, Any]) -> tuple[Manifest, dict[str, FileEntry]]:
         recipe=document["recipe"],
         delegation={name: Delegation(**entry) for name, entry in document["delegation"].items()},
         random=Random(**document["random"]),
+        notes=tuple(document["notes"]),
     )
     files = {name: FileEntry(**entry) for name, entry in document["files"].items()}
     return manifest, files

@@ -86,6 +86,7 @@ def export_bundle(
                 ),
                 recipe=None if checkpoint.recipe is None else _recipe_summary(checkpoint.recipe),
                 delegation=delegation,
+                notes=model.notes,
             )
         )
     return open_bundle(Path(destination), verify=False)

@@ -254,6 +254,8 @@ def _print_bundle(bundle: Bundle) -> None:
             for side in (stage.inputs, stage.outputs)
         ]
         console.print(f"{stage.name}: {shapes[0]} -> {shapes[1]}", markup=False, soft_wrap=True)
+    for note in manifest.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @app.command()
