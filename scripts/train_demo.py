@@ -10,6 +10,8 @@ checked against that class before training begins. Accuracy is measured with tha
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -27,7 +29,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from quantize.errors import UserError
 from quantize.puzzles import KINDS, Puzzle, generate, is_exact
 
 Weights = dict[str, Tensor]
@@ -53,11 +57,17 @@ PURE_NOISE_SHARE = 0.4
 """Share of rows whose canvas is all noise, as it is when sampling starts."""
 EVALUATION_SEED = 20_000_003
 STEPS_PER_SNAPSHOT = 500
+STATE_FILE = "state.pt"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the training run; with the seed and the thread count it reproduces it."""
+    """What decides the training run, with the seed.
+
+    The learning rate warms up, holds, and falls linearly to zero over the last `decay_share` of
+    the steps. From the share `int4_from` on, every second step sees its weights rounded to int4
+    (straight-through gradients), so that the result is good in fp32 and in int4.
+    """
 
     seed: int = 0
     steps: int = 2000
@@ -619,26 +629,58 @@ def rate_factor(step: int, recipe: Recipe) -> float:
 # --- measuring ------------------------------------------------------------------------------------
 
 
+class Int8Activations(TorchFunctionMode):
+    """Round the input of every linear to int8 per token, asymmetric, as torchao's dynamic int8.
+
+    Linears whose weight is in `spared` (router and head) keep their input.
+    """
+
+    def __init__(self, spared: list[Tensor]) -> None:
+        super().__init__()
+        self.spared = {id(weight) for weight in spared}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and id(args[1]) not in self.spared:
+            args = (fake_int8_per_token(args[0]), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+def fake_int8_per_token(x: Tensor) -> Tensor:
+    """Round to 256 levels between each token's smallest and largest value (zero included)."""
+    low, high = (x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0))
+    scale = ((high - low) / 255).clamp_min(1e-9)
+    zero = -128 - (low / scale).round()
+    return ((x / scale).round() + zero).clamp(-128, 127).sub(zero) * scale
+
+
 @torch.no_grad()
-def evaluate(weights: Weights, count: int, seed: int = EVALUATION_SEED) -> dict[str, dict]:
+def evaluate(
+    weights: Weights, count: int, seed: int = EVALUATION_SEED, int4: bool = False
+) -> dict[str, dict]:
     """Measure exact match on held-out puzzles with `transformers`' own `generate`.
 
+    With `int4`, weights are rounded as `quantized_weights` says and activations to int8.
     Returns per kind: exact, count, denoising steps per canvas (mean over the rows).
     """
     model, tokenizer = build_model(), build_tokenizer()
-    load_into(model, weights)
+    load_into(model, quantized_weights(weights) if int4 else weights)
+    model.set_experts_implementation("eager")  # one plain linear per expert: what int8 rounds
+    spared = [model.lm_head.weight]
+    spared += [p for name, p in model.named_parameters() if "router" in name]
+    activations = Int8Activations(spared) if int4 else contextlib.nullcontext()
     results = {}
     for kind in KINDS:
         puzzles = generate(kind, count, seed, split="held_out")
         prompts, lengths, _ = tensors(puzzles, tokenizer)
         prompts = prompts[:, : int(lengths[0])]
         torch.manual_seed(seed)
-        output = model.generate(
-            prompts,
-            max_new_tokens=CANVAS_LENGTH,
-            eos_token_id=[EOS, TURN_END],
-            pad_token_id=PAD,
-        )
+        with activations:
+            output = model.generate(
+                prompts,
+                max_new_tokens=CANVAS_LENGTH,
+                eos_token_id=[EOS, TURN_END],
+                pad_token_id=PAD,
+            )
         new = output.sequences[:, prompts.shape[1] :]
         texts = tokenizer.decode_batch(new.tolist())
         exact = sum(is_exact(p, text) for p, text in zip(puzzles, texts, strict=True))
@@ -705,7 +747,7 @@ def train(
 ) -> tuple[Weights, dict[str, Any]]:
     """Train, or go on after an interruption; returns the weights and the run's figures."""
     work.mkdir(parents=True, exist_ok=True)
-    state_path = work / "state.pt"
+    state_path = work / STATE_FILE
     weights = initial_weights(recipe.seed)
     difference = check_against_transformers(weights)
     log(f"largest logit difference to transformers: {difference:.2e}")
@@ -717,6 +759,11 @@ def train(
     start, seconds, loss_mean = 0, 0.0, None
     if resume and state_path.exists():
         state = torch.load(state_path, weights_only=True)
+        if state["recipe"]["seed"] != recipe.seed:
+            raise UserError(
+                f"{state_path} was made with seed {state['recipe']['seed']}, not {recipe.seed}; "
+                "use that seed or another work folder."
+            )
         with torch.no_grad():
             for name, value in state["weights"].items():
                 weights[name].copy_(value)
@@ -760,8 +807,7 @@ def train(
             snapshot(step + 1)
         if evaluate_every and (step + 1) % evaluate_every == 0:
             log(f"step {step + 1} fp32 {describe(evaluate(weights, evaluate_count))}")
-            quantized = quantized_weights(weights)
-            log(f"step {step + 1} int4 {describe(evaluate(quantized, evaluate_count))}")
+            log(f"step {step + 1} int4 {describe(evaluate(weights, evaluate_count, int4=True))}")
     snapshot(recipe.steps)
     figures = {
         "steps": recipe.steps,
@@ -776,8 +822,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.train_demo",
         description="Train the demo model from a seed and write a Hugging Face folder. "
-        "Needs the `test` extra (transformers) and a C++ compiler (torch.compile). "
-        "About three quarters of an hour on two AVX-512 cores.",
+        "Needs the `test` extra (transformers) and, without --eager, a C++ compiler. "
+        "About half an hour on two AVX-512 cores. The same seed gives the same data, noise and "
+        "starting weights everywhere; the same machine and thread count give the same weights "
+        "bit for bit with --eager only, since torch.compile sums in an order of its own.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder the model is written to")
     parser.add_argument("--work", type=Path, help="folder for the resumable state (OUT.training)")
@@ -789,6 +837,13 @@ def main() -> None:
     parser.add_argument("--evaluate-count", type=int, default=100, metavar="PUZZLES")
     parser.add_argument("--final-count", type=int, default=500, metavar="PUZZLES")
     arguments = parser.parse_args()
+    work = arguments.work or arguments.out.with_name(arguments.out.name + ".training")
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, not {arguments.steps}.")
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("transformers is missing; install the `test` extra.")
+    if (work / STATE_FILE).exists() and not arguments.resume:
+        parser.error(f"{work} holds an earlier run; add --resume to go on or name another --work.")
     wanted = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     if any(name not in os.environ for name in wanted):
         # Read by the OpenMP runtime at load: spinning threads starve each other on busy cores.
@@ -796,7 +851,6 @@ def main() -> None:
         command = [sys.executable, "-m", "scripts.train_demo", *sys.argv[1:]]
         os.execve(sys.executable, command, environment)
     recipe = Recipe(seed=arguments.seed, steps=arguments.steps)
-    work = arguments.work or arguments.out.with_name(arguments.out.name + ".training")
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -805,22 +859,25 @@ def main() -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=recipe.steps)
-        weights, figures = train(
-            recipe,
-            work,
-            arguments.resume,
-            log=lambda line: progress.console.print(line, highlight=False, soft_wrap=True),
-            show=lambda step, text: progress.update(task, completed=step, description=text),
-            evaluate_every=arguments.evaluate_every,
-            evaluate_count=arguments.evaluate_count,
-            compiled=not arguments.eager,
-        )
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("training", total=recipe.steps)
+            weights, figures = train(
+                recipe,
+                work,
+                arguments.resume,
+                log=lambda line: progress.console.print(line, highlight=False, soft_wrap=True),
+                show=lambda step, text: progress.update(task, completed=step, description=text),
+                evaluate_every=arguments.evaluate_every,
+                evaluate_count=arguments.evaluate_count,
+                compiled=not arguments.eager,
+            )
+    except UserError as error:
+        parser.error(str(error))
     save_model(arguments.out, weights)
     rounded = {name: value.detach().bfloat16().float() for name, value in weights.items()}
     figures["fp32"] = evaluate(rounded, arguments.final_count)
-    figures["int4_weights"] = evaluate(quantized_weights(rounded), arguments.final_count)
+    figures["int4"] = evaluate(rounded, arguments.final_count, int4=True)
     figures["recipe"] = asdict(recipe)
     (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures))

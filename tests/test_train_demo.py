@@ -1,12 +1,14 @@
 """The trainer restates the architecture exactly, resumes exactly, and writes a loadable folder."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from quantize.errors import UserError
 from quantize.puzzles import KINDS, generate
 from scripts import train_demo
 
@@ -123,6 +125,53 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
     resumed, _ = run(tmp_path / "broken", None, True)
     assert figures["steps"] == 6
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_is_not_resumed_with_another_seed(tmp_path):
+    torch.save({"recipe": {"seed": 1}}, tmp_path / train_demo.STATE_FILE)
+    with pytest.raises(UserError, match="seed 1, not 2"):
+        train_demo.train(
+            train_demo.Recipe(seed=2), tmp_path, True, print, lambda *_: None, 0, 0, compiled=False
+        )
+
+
+def test_an_earlier_run_is_not_overwritten_without_being_asked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "m.training").mkdir()
+    (tmp_path / "m.training" / train_demo.STATE_FILE).touch()
+    monkeypatch.setattr("sys.argv", ["train_demo", "--out", str(tmp_path / "m")])
+    with pytest.raises(SystemExit) as stopped:
+        train_demo.main()
+    assert stopped.value.code == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_int8_activations_are_torchaos_per_token_rounding():
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
+
+    x = torch.randn(16, 64) * 3 + 1
+    scale, zero = choose_qparams_affine(x, MappingType.ASYMMETRIC, (1, 64), torch.int8)
+    levels = quantize_affine(x, (1, 64), scale, zero, torch.int8)
+    theirs = dequantize_affine(levels, (1, 64), scale, zero, torch.int8)
+    # The same rule and the same fp32 arithmetic; only the order of two roundings differs.
+    assert (train_demo.fake_int8_per_token(x) - theirs).abs().max() < 0.51 * scale.max()
+
+
+def test_the_shipped_checkpoint_solves_held_out_puzzles():
+    """The claim of the model card, on a sample small enough for every run of the tests."""
+    from safetensors.torch import load_file
+
+    folder = Path(train_demo.__file__).parent / "demo_model"
+    stored = load_file(folder / "model.safetensors")
+    names = train_demo.initial_weights(0)
+    weights = {name: stored[train_demo.hf_name(name)].float() for name in names}
+    for int4 in (False, True):
+        results = train_demo.evaluate(weights, 40, int4=int4)
+        assert all(result["exact"] >= 38 for result in results.values()), (int4, results)
 
 
 def test_the_written_folder_loads_in_transformers_with_the_trained_weights(tmp_path):
