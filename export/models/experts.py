@@ -5,7 +5,8 @@ Which form a model takes is decided by `choose_expert_computation`; routing belo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,24 @@ def _(weights: Tensor) -> Tensor:
     return weights.new_empty((weights.shape[0], 2), dtype=torch.int64)
 
 
+@torch.library.custom_op(
+    "pocket_diffusion::expert_body",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weights, Tensor total, int body) -> Tensor",
+)
+def expert_body(rows: Tensor, weights: Tensor, total: Tensor, body: int) -> Tensor:
+    """`WeightedExpert` number `body` of those set apart from a graph, for tracing only.
+
+    See export/backends/xnnpack_experts.py, which puts a lowered expert in its place.
+    """
+    raise RuntimeError("an expert set apart cannot be computed; leave `set_apart` first")
+
+
+@expert_body.register_fake
+def _(rows: Tensor, weights: Tensor, total: Tensor, body: int) -> Tensor:
+    return torch.empty_like(total)
+
+
 class Expert(nn.Module):
     """One gated feed-forward expert; gate and up are one product, as in the checkpoint."""
 
@@ -81,6 +100,18 @@ class Expert(nn.Module):
         size = gate_up.shape[-1] // 2
         # Slices are delegated to XNNPACK, a split is not.
         return self.down_proj(self.activation(gate_up[..., :size]) * gate_up[..., size:])
+
+
+class WeightedExpert(nn.Module):
+    """What an expert adds to the running sum of its rows."""
+
+    def __init__(self, expert: Expert) -> None:
+        super().__init__()
+        self.expert = expert
+
+    def forward(self, rows: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+        """Add to `total` `[N, H]` the expert's `rows` `[N, H]` by their `weights` `[N, 1]`."""
+        return total + self.expert(rows) * weights
 
 
 class DenseExperts(nn.Module):
@@ -153,7 +184,8 @@ class GatheredExperts(nn.Module):
     def __init__(self, experts: list[Expert], tokens: int, top_k: int, hidden_size: int) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
-        self.tokens, self.top_k = tokens, top_k
+        self.num_experts, self.tokens, self.top_k = len(experts), tokens, top_k
+        self._first_apart: int | None = None
         unrouted = torch.zeros(tokens + 1, len(experts))
         unrouted[tokens] = 1.0
         for name, constant in {
@@ -174,10 +206,32 @@ class GatheredExperts(nn.Module):
         weights = weights.t().unsqueeze(-1)  # [E, T + 1, 1]
         put = torch.ops.aten.index_put_
         put(self.mixed, [self.all_rows], torch.zeros_like(padded))
-        for e, expert in enumerate(self.experts):
+        for e in range(self.num_experts):
             own_weights = weights[e]
             rows = chosen_rows(own_weights)[:, 0]
-            part = expert(torch.index_select(padded, 0, rows))
-            part = part * torch.index_select(own_weights, 0, rows)
-            put(self.mixed, [rows], torch.index_select(self.mixed, 0, rows) + part)
+            total = self._add_expert(
+                e,
+                torch.index_select(padded, 0, rows),
+                torch.index_select(own_weights, 0, rows),
+                torch.index_select(self.mixed, 0, rows),
+            )
+            put(self.mixed, [rows], total)
         return self.mixed[: self.tokens].clone()
+
+    def _add_expert(self, e: int, rows: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+        if self._first_apart is not None:
+            return expert_body(rows, weights, total, self._first_apart + e)
+        return WeightedExpert(self.experts[e])(rows, weights, total)
+
+    @contextmanager
+    def set_apart(self, first: int) -> Iterator[list[Expert]]:
+        """Hide the experts from tracing, each behind an `expert_body` counted from `first`.
+
+        Yields the hidden experts. They are back afterwards.
+        """
+        experts, self.experts = self.experts, nn.ModuleList()
+        self._first_apart = first
+        try:
+            yield list(experts)
+        finally:
+            self.experts, self._first_apart = experts, None

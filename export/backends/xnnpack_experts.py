@@ -1,0 +1,211 @@
+"""Lowers the experts of a mixture once for each form they have, and each by its weights alone.
+
+Tracing and rewriting an expert takes seconds, and the graphs of all experts are the same. So
+gathered experts are set apart while the rest is lowered, one expert of each form is lowered in
+full, and the others' weights go through XNNPACK's serializer in that one's rewritten graph. Sound,
+because the rewriting is of the graph: that it left the weights as they are is checked on the expert
+it was made for, and what decides it (kinds, shapes, zero points) is the form.
+
+Written against ExecuTorch 1.5.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir.backend.partitioner import PartitionResult
+from executorch.exir.delegate import executorch_call_delegate, get_lowered_module_name
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from export.models.experts import Expert, GatheredExperts, WeightedExpert
+from quantize.errors import LoweringError
+
+EXPERT_BODY = "expert_body"
+
+
+class ExpertsApart:
+    """The gathered experts of a module, lowered apart from it.
+
+    Usage: trace the module within `hidden()`, lower the trace, then `insert` the experts.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._blocks = [part for part in module.modules() if isinstance(part, GatheredExperts)]
+        self._bodies: list[tuple[Expert, int, int]] = []  # with their rows and hidden size
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Replace each expert by an opaque operator while this is open."""
+        with ExitStack() as stack:
+            for block in self._blocks:
+                experts = stack.enter_context(block.set_apart(first=len(self._bodies)))
+                rows, hidden_size = block.mixed.shape
+                self._bodies += [(expert, rows, hidden_size) for expert in experts]
+            yield
+
+    def insert(self, edge: EdgeProgramManager) -> None:
+        """Put the lowered experts into the only method of a lowered program.
+
+        Raises:
+            LoweringError: XNNPACK does not take an expert as a whole.
+        """
+        if not self._bodies:
+            return
+        forms: dict[Hashable, _Form] = {}
+        program = edge.exported_program()
+        graph_module = program.graph_module
+        graph = graph_module.graph
+        for node in list(graph.nodes):
+            if EXPERT_BODY not in str(node.target) or node.op != "call_function":
+                continue
+            *inputs, number = node.args
+            expert, rows, hidden_size = self._bodies[number]
+            tensors = _plain_tensors(expert)
+            key = (rows, hidden_size, expert.activation, *_describe(expert, tensors))
+            if key not in forms:
+                forms[key] = _lower_in_full(expert, rows, hidden_size)
+            lowered = forms[key].with_weights(tensors)
+            edge._named_data_store.merge_named_data_store(lowered.named_data_store_output)
+            _replace(node, inputs, lowered)
+        graph.lint()
+        graph_module.recompile()
+
+
+@dataclass
+class _Form:
+    """An expert's program before and after XNNPACK's rewriting."""
+
+    program: ExportedProgram
+    rewritten: ExportedProgram
+
+    def with_weights(self, tensors: dict[str, Tensor]) -> LoweredBackendModule:
+        """Serialize with other weights of the same form."""
+        for name, tensor in tensors.items():
+            self.rewritten.state_dict[name] = nn.Parameter(tensor, requires_grad=False)
+        with mock.patch.object(
+            xnnpack_preprocess.XNNPACKPassManager, "transform", lambda _: self.rewritten
+        ):
+            result = xnnpack_preprocess.XnnpackBackend.preprocess(self.program, [])
+        lowered = LoweredBackendModule(
+            edge_program=self.program,
+            backend_id=xnnpack_preprocess.XnnpackBackend.__name__,
+            processed_bytes=result.processed_bytes,
+            compile_specs=[],
+            named_data_store_output=result.data_store_output,
+        )
+        lowered.meta = {"debug_handle_map": result.debug_handle_map}
+        return lowered
+
+
+class _Body(WeightedExpert):
+    """A delegate returns a sequence."""
+
+    def forward(self, rows: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        return (super().forward(rows, weights, total),)
+
+
+def _lower_in_full(expert: Expert, rows: int, hidden_size: int) -> _Form:
+    body = _Body(expert).eval()
+    inputs = (torch.zeros(rows, hidden_size), torch.zeros(rows, 1), torch.zeros(rows, hidden_size))
+    edge = to_edge_transform_and_lower(
+        torch.export.export(body, inputs, strict=False),
+        partitioner=[_WholeProgramCheck()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    program = edge.exported_program()
+    rewritten = xnnpack_preprocess.XNNPACKPassManager(program).transform()
+    tensors, kept = _plain_tensors(expert), rewritten.state_dict
+    # What else the state has are the activation's constants, the same for all experts of a form.
+    names = set(rewritten.graph_signature.parameters)
+    if tensors.keys() != names or not all(torch.equal(tensors[n], kept[n]) for n in names):
+        raise LoweringError(
+            "XNNPACK's passes changed an expert's weights, which this version of the exporter does "
+            "not know; install the pinned ExecuTorch, or compute the experts densely"
+        )
+    return _Form(program, rewritten)
+
+
+class _WholeProgramCheck(XnnpackPartitioner):
+    """Checks that XNNPACK would take all of a program, and leaves it as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._checked = False
+
+    def ops_to_not_decompose(self, ep: ExportedProgram) -> tuple[list[Any], Any]:
+        """Afterwards nothing: undelegated operators are what this leaves."""
+        return ([], None) if self._checked else super().ops_to_not_decompose(ep)
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Tag nothing, or raise LoweringError if XNNPACK would leave something."""
+        result = super().partition(exported_program)
+        calls = [node for node in exported_program.graph.nodes if node.op == "call_function"]
+        left = sorted({str(node.target) for node in calls if "delegation_tag" not in node.meta})
+        if left or len(result.partition_tags) != 1:
+            raise LoweringError(
+                f"an expert is not one XNNPACK graph: it is cut into {len(result.partition_tags)}, "
+                f"leaving {', '.join(left) or 'no operator'}; compute the experts densely, and "
+                "report this with the config"
+            )
+        for node in exported_program.graph.nodes:
+            node.meta.pop("delegation_tag", None)
+        self._checked = True
+        return PartitionResult(exported_program, {})
+
+
+def _plain_tensors(expert: Expert) -> dict[str, Tensor]:
+    """An expert's weights under the names that an exported program's state dict has for them."""
+    tensors: dict[str, Tensor] = {}
+    for path, parameter in expert.named_parameters(prefix="expert"):
+        if not is_traceable_wrapper_subclass(parameter):
+            tensors[path] = parameter.detach()
+            continue
+        owner, _, leaf = path.rpartition(".")
+        names, _ = parameter.__tensor_flatten__()
+        for i, name in enumerate(names):
+            tensors[f"{owner}.parametrizations.{leaf}.original{i}"] = getattr(parameter, name)
+    return tensors
+
+
+def _describe(expert: Expert, tensors: dict[str, Tensor]) -> Iterator[Hashable]:
+    """Everything but the weights' numbers that an expert's graph depends on."""
+    for parameter in expert.parameters():
+        yield type(parameter)
+        if is_traceable_wrapper_subclass(parameter):
+            names, context = parameter.__tensor_flatten__()
+            yield tuple(names), repr(context)
+            zero_point = getattr(parameter, "zero_point", None)
+            if zero_point is not None:
+                yield bool(zero_point.any())
+    for name, tensor in tensors.items():
+        yield name, tensor.dtype, tuple(tensor.shape)
+
+
+def _replace(node: Node, inputs: list[Node], lowered: LoweredBackendModule) -> None:
+    """Put a delegate in the place of an opaque expert."""
+    graph = node.graph
+    order = {"rows": inputs[0], "weights": inputs[1], "total": inputs[2]}
+    names = lowered.original_module.graph_signature.user_inputs
+    with graph.inserting_before(node):
+        name = get_lowered_module_name(graph.owning_module, lowered)
+        called = graph.call_function(
+            executorch_call_delegate, (graph.get_attr(name), *(order[n] for n in names))
+        )
+        called.meta.update(val=[node.meta["val"]], debug_handle=node.meta.get("debug_handle", 0))
+        result = graph.call_function(operator.getitem, (called, 0))
+        result.meta.update(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
