@@ -77,13 +77,18 @@ def lower(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[An
     from executorch.runtime import Runtime
 
     from export.backends.dynamic_rows import DynamicRowsPass
+    from export.backends.xnnpack_experts import ExpertsApart
 
     with torch.no_grad():
+        apart = ExpertsApart(module)
+        with apart.hidden():
+            exported = torch.export.export(module, inputs, strict=False)
         edge = to_edge_transform_and_lower(
-            torch.export.export(module, inputs, strict=False),
+            exported,
             partitioner=[XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
+        apart.insert(edge)
         config = ExecutorchBackendConfig(
             run_reinplace_pass=True,
             do_quant_fusion_and_const_prop=True,
@@ -173,6 +178,19 @@ def test_gathered_and_dense_experts_are_the_same_function(top_k: int, int4: bool
             torch.testing.assert_close(
                 module(x, weights, index), dense(x, weights, index), atol=1e-5, rtol=0.0
             )
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_an_expert_lowered_by_its_weights_is_the_one_lowered_in_full(int4: bool) -> None:
+    """Byte for byte, with the packed weights and scales in their named data."""
+    from export.backends.xnnpack_experts import _lower_in_full, _plain_tensors
+
+    first, second, *_ = gathered(1, int4=int4).experts
+    with torch.no_grad():
+        by_weights = _lower_in_full(first, 5, HIDDEN).with_weights(_plain_tensors(second))
+        in_full = _lower_in_full(second, 5, HIDDEN).with_weights(_plain_tensors(second))
+    assert by_weights.processed_bytes == in_full.processed_bytes
+    assert by_weights.named_data_store_output == in_full.named_data_store_output
 
 
 class MixesRows(nn.Module):
