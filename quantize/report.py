@@ -55,7 +55,7 @@ class QuantizationReport:
     notes: tuple[str, ...] = ()
 
     def by_layer(self) -> tuple[ReportRow, ...]:
-        """One row per decoder layer, and one per weight outside the layers."""
+        """One row per decoder layer, and one per module outside the layers."""
         layers: dict[str, list[ReportRow]] = {}
         for row in self.tensors:
             layers.setdefault(layer_of(row.name), []).append(row)
@@ -67,9 +67,15 @@ class QuantizationReport:
 
 
 def layer_of(name: str) -> str:
-    """`model.decoder.layers.3` for a weight of that layer, the weight's own name elsewhere."""
+    """`model.decoder.layers.3` for a weight of that layer, the module's name elsewhere.
+
+    A module of several weights, such as `model.decoder.self_conditioning`, is one row.
+    """
     match = _LAYER.match(name)
-    return match.group(1) if match else name
+    if match:
+        return match.group(1)
+    module = name.removesuffix(".weight")
+    return ".".join(module.split(".")[:3])
 
 
 def natural_order(name: str) -> tuple:

@@ -104,10 +104,11 @@ def quantize(
     from rich.table import Table
 
     table = Table(title=f"recipe {report.recipe_name}", title_justify="left", box=None)
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     table.add_column("scheme")
-    for heading in ("before", "after", "bits/weight", "SNR"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    # Names may break, numbers may not: a cut number is a wrong one.
+    for heading, width in {"before": 9, "after": 9, "bits/weight": 11, "SNR": 7}.items():
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     for row in (*layers, total):
         table.add_row(
             row.name.removeprefix("model."),

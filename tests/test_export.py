@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +30,7 @@ from export.tokenizer import open_tokenizer
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import LoweringError
 from quantize.puzzles import KINDS, generate
+from scripts.pocketdiff import run
 from tests import hf_reference
 
 # fp32 differs only by the order of sums.
@@ -152,6 +158,60 @@ def test_manifest_says_what_was_lowered(demo_bundle: Bundle, demo_int4: Path) ->
         assert manifest.delegation[stage.name].delegated[QUANTIZED_LINEAR] == quantized
     assert manifest.recipe is not None
     assert manifest.versions.keys() == {"executorch", "torch", "torchao"}
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """One layer of the architecture: seconds to lower."""
+    config = hf_reference.tiny_config(
+        16, num_hidden_layers=1, layer_types=["full_attention"], num_experts=2
+    )
+    return hf_reference.save(hf_reference.random_model(config, seed=0), folder)
+
+
+@pytest.mark.slow
+def test_a_full_disk_during_export_leaves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "hf")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel itself refuses to write a file beyond this size.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        code = run(["export", str(checkpoint), str(tmp_path / "bundle")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, "")
+    assert "disk" in err.strip().splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.slow
+def test_an_export_interrupted_between_two_stages_leaves_nothing(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "hf")
+    destination = tmp_path / "out" / "bundle"
+    destination.parent.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.pocketdiff", "export", checkpoint, destination],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 300
+        while not list(destination.parent.rglob("layers.pte")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert not destination.exists()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert list(destination.parent.iterdir()) == []
 
 
 class _PlainLinear(nn.Module):
