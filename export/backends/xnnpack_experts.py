@@ -34,6 +34,8 @@ from export.models.experts import Expert, GatheredExperts, WeightedExpert
 from quantize.errors import LoweringError
 
 EXPERT_BODY = "expert_body"
+# Operators that pick an expert's rows: cheap, and used by no other expert.
+PREPARATION = ("chosen_rows", "aten.index_select", "aten.select_copy")
 
 
 class ExpertsApart:
@@ -79,6 +81,7 @@ class ExpertsApart:
                 forms[key] = _lower_in_full(expert, rows, hidden_size)
             lowered = forms[key].with_weights(tensors)
             edge._named_data_store.merge_named_data_store(lowered.named_data_store_output)
+            _prepare_late(node)
             _replace(node, inputs, lowered)
         graph.lint()
         graph_module.recompile()
@@ -192,6 +195,22 @@ def _describe(expert: Expert, tensors: dict[str, Tensor]) -> Iterator[Hashable]:
                 yield bool(zero_point.any())
     for name, tensor in tensors.items():
         yield name, tensor.dtype, tuple(tensor.shape)
+
+
+def _prepare_late(node: Node) -> None:
+    """Move the choice and the copies of an expert's rows to just before the expert.
+
+    A partitioner moves what depends on no delegate to the front, where the rows of all experts
+    would be held at once.
+    """
+    needed, queue = set(), list(node.all_input_nodes)
+    while queue:
+        candidate = queue.pop()
+        if candidate not in needed and any(part in str(candidate.target) for part in PREPARATION):
+            needed.add(candidate)
+            queue += candidate.all_input_nodes
+    for candidate in [other for other in node.graph.nodes if other in needed]:
+        node.prepend(candidate)
 
 
 def _replace(node: Node, inputs: list[Node], lowered: LoweredBackendModule) -> None:
