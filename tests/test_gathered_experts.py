@@ -18,12 +18,14 @@ TOKENS, HIDDEN, EXPERT_SIZE, NUM_EXPERTS = 16, 64, 32, 4
 
 
 def gathered(top_k: int, *, int4: bool) -> GatheredExperts:
-    """Random gathered experts."""
+    """Random gathered experts; their weights are slices of one tensor, as in a checkpoint."""
     torch.manual_seed(0)
     experts = [Expert(HIDDEN, EXPERT_SIZE, gelu_tanh) for _ in range(NUM_EXPERTS)]
-    for expert in experts:
-        for linear in (expert.gate_up_proj, expert.down_proj):
-            linear.weight = nn.Parameter(torch.randn(linear.weight.shape) * HIDDEN**-0.5)
+    for name in ("gate_up_proj", "down_proj"):
+        shape = getattr(experts[0], name).weight.shape
+        stacked = torch.randn(NUM_EXPERTS, *shape) * HIDDEN**-0.5
+        for expert, weight in zip(experts, stacked, strict=True):
+            getattr(expert, name).weight = nn.Parameter(weight)
     module = GatheredExperts(experts, TOKENS, top_k, HIDDEN).eval()
     if int4:
         quantize(module)

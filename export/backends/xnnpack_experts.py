@@ -97,7 +97,10 @@ class _Form:
     def with_weights(self, tensors: dict[str, Tensor]) -> LoweredBackendModule:
         """Serialize with other weights of the same form."""
         for name, tensor in tensors.items():
-            self.rewritten.state_dict[name] = nn.Parameter(tensor, requires_grad=False)
+            # A copy, because the serializer writes a view's storage from its start, and an expert's
+            # weight may be a slice of all experts'.
+            own = tensor.clone(memory_format=torch.contiguous_format)
+            self.rewritten.state_dict[name] = nn.Parameter(own, requires_grad=False)
         with mock.patch.object(
             xnnpack_preprocess.XNNPACKPassManager, "transform", lambda _: self.rewritten
         ):
