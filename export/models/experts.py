@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 ExpertComputation = Literal["dense", "gather"]
 
-# Two figures of one measurement (2 threads, XNNPACK, int4 group 32; 64 experts, top-8, hidden
-# 1024, expert size 512, 256 tokens): dense 108 ms = 477 GFLOP/s; gather 30 ms, of which
-# 13.5 ms is arithmetic at the same rate, the rest 0.26 ms for each expert's gather and scatter.
-INT4_FLOP_PER_MS = 477e6
-GATHER_MS_PER_EXPERT = 0.26
+# Fitted by eye to benchmarks/results/experts.txt (2 threads of a shared x86 machine, XNNPACK, int4
+# of group 32), where they are right within 40 %: what both forms spend on products, and the passes
+# beside them over values of hidden size, which a gathered value takes part in more of.
+INT4_FLOP_PER_MS = 400e6
+DENSE_MS_PER_VALUE = 1.3e-6
+GATHER_MS_PER_VALUE = 2.0e-6
+GATHER_MS_PER_EXPERT = 0.0055
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ def choose_expert_computation(
 ) -> ExpertChoice:
     """Pick dense or gathered experts by estimated time of one layer over `tokens` positions.
 
-    dense_ms  = tokens * num_experts * 6 * hidden_size * expert_size / INT4_FLOP_PER_MS
-    gather_ms = tokens * top_k * 6 * hidden_size * expert_size / INT4_FLOP_PER_MS
+    dense_ms  = tokens * num_experts * hidden_size
+                * (6 * expert_size / INT4_FLOP_PER_MS + DENSE_MS_PER_VALUE)
+    gather_ms = tokens * top_k * hidden_size
+                * (6 * expert_size / INT4_FLOP_PER_MS + GATHER_MS_PER_VALUE)
                 + num_experts * GATHER_MS_PER_EXPERT
     """
-    flop_per_row = 6 * hidden_size * expert_size
-    dense_ms = tokens * num_experts * flop_per_row / INT4_FLOP_PER_MS
-    gather_ms = tokens * top_k * flop_per_row / INT4_FLOP_PER_MS
+    product_ms = 6 * expert_size / INT4_FLOP_PER_MS
+    dense_ms = tokens * num_experts * hidden_size * (product_ms + DENSE_MS_PER_VALUE)
+    gather_ms = tokens * top_k * hidden_size * (product_ms + GATHER_MS_PER_VALUE)
     gather_ms += num_experts * GATHER_MS_PER_EXPERT
     return ExpertChoice("dense" if dense_ms <= gather_ms else "gather", dense_ms, gather_ms)
 
