@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from export.backends import LoweredStage, lower_stage
+from export.bundle import Delegation
 from export.models.diffusion_gemma import gelu_tanh
 from export.models.experts import DenseExperts, Expert, GatheredExperts, chosen_rows
+from export.staging import StageModule
 from quantize.errors import LoweringError
 
 TOKENS, HIDDEN, EXPERT_SIZE, NUM_EXPERTS = 16, 64, 32, 4
@@ -60,63 +61,40 @@ ROUTINGS = ("random", "first", "random", "last", "first", "random")
 
 
 class Lowered(NamedTuple):
-    """A module, its program in the runtime, and what its instructions call."""
+    """A module, its program in the runtime, and what was delegated."""
 
     module: GatheredExperts
     method: Any
-    kernels: Counter[str]
-    delegates: int
+    delegation: Delegation
 
 
-def lower(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Any, Any]:
-    """Lower to XNNPACK and load; returns the method and its execution plan."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import (
-        EdgeCompileConfig,
-        ExecutorchBackendConfig,
-        to_edge_transform_and_lower,
+def lower(module: nn.Module, *inputs: Tensor) -> LoweredStage:
+    """Lower as the exporter does."""
+    names = tuple(f"input_{i}" for i in range(len(inputs)))
+    stage = StageModule(
+        name="experts",
+        role="layers",
+        module=module,
+        example_inputs=inputs,
+        input_names=names,
+        output_names=("mixed",),
+        mutates_buffers=True,
     )
-    from executorch.runtime import Runtime
-
-    from export.backends.dynamic_rows import DynamicRowsPass
-    from export.backends.xnnpack_experts import ExpertsApart
-
-    with torch.no_grad():
-        apart = ExpertsApart(module)
-        with apart.hidden():
-            exported = torch.export.export(module, inputs, strict=False)
-        edge = to_edge_transform_and_lower(
-            exported,
-            partitioner=[XnnpackPartitioner()],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        )
-        apart.insert(edge)
-        config = ExecutorchBackendConfig(
-            run_reinplace_pass=True,
-            do_quant_fusion_and_const_prop=True,
-            sym_shape_eval_pass=DynamicRowsPass(),
-        )
-        program = edge.to_executorch(config)
-    path.write_bytes(program.buffer)
-    method = Runtime.get().load_program(path).load_method("forward")
-    return method, program.executorch_program.execution_plan[0]
+    return lower_stage(stage, "xnnpack")
 
 
 @pytest.fixture(scope="module", params=["fp32, top-1", "int4, top-2"])
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     """One program for all tests of a kind: lowering takes seconds."""
+    from executorch.runtime import Runtime
+
     int4 = request.param.startswith("int4")
     module = gathered(2 if int4 else 1, int4=int4)
-    inputs = (torch.randn(TOKENS, HIDDEN), *routing("random", module.top_k))
+    stage = lower(module, torch.randn(TOKENS, HIDDEN), *routing("random", module.top_k))
     path = tmp_path_factory.mktemp("gathered") / "experts.pte"
-    method, plan = lower(module, inputs, path)
-    kernels, delegates = Counter[str](), 0
-    for instruction in plan.chains[0].instructions:
-        arguments = instruction.instr_args
-        delegates += type(arguments).__name__ == "DelegateCall"
-        if type(arguments).__name__ == "KernelCall":
-            kernels[plan.operators[arguments.op_index].name] += 1
-    return Lowered(module, method, kernels, delegates)
+    stage.write(path)
+    method = Runtime.get().load_program(path).load_method("forward")
+    return Lowered(module, method, stage.delegation)
 
 
 def test_lowered_experts_equal_eager_ones_from_no_row_to_all_rows(lowered: Lowered) -> None:
@@ -136,13 +114,12 @@ def test_lowered_experts_equal_eager_ones_from_no_row_to_all_rows(lowered: Lower
 
 def test_every_product_of_an_expert_is_delegated(lowered: Lowered) -> None:
     slow = {"aten::linear", "aten::mm", "aten::addmm", "aten::mul", "aten::sigmoid"}
-    assert not {name for name in lowered.kernels if name in slow or name.startswith("torchao::")}, (
-        lowered.kernels
-    )
+    portable = lowered.delegation.portable
+    assert not {name for name in portable if name in slow or name.startswith("torchao::")}
     # One for each expert; the others prepare the rows and the router's weights.
-    assert NUM_EXPERTS <= lowered.delegates <= NUM_EXPERTS + 3
-    assert lowered.kernels["aten::nonzero"] == NUM_EXPERTS
-    assert lowered.kernels["aten::index_put_"] == NUM_EXPERTS + 1
+    assert NUM_EXPERTS <= lowered.delegation.delegates <= NUM_EXPERTS + 3
+    assert portable["aten::nonzero"] == NUM_EXPERTS
+    assert portable["aten::index_put_"] == NUM_EXPERTS + 1
 
 
 def test_rows_that_no_expert_was_given_are_not_computed(lowered: Lowered) -> None:
@@ -204,6 +181,6 @@ class MixesRows(nn.Module):
         return picked.sum(dim=0)
 
 
-def test_an_operator_that_mixes_rows_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_operator_that_mixes_rows_is_refused_by_name() -> None:
     with pytest.raises(LoweringError, match=r"aten::sum"):
-        lower(MixesRows(), (torch.rand(8, 1),), tmp_path / "x.pte")
+        lower(MixesRows(), torch.rand(8, 1))
