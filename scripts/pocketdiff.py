@@ -429,8 +429,8 @@ def evaluate(
                 row["kind"],
                 f"{100 * row['exact_match']:.1f} %",
                 f"{100 * low:.1f}-{100 * high:.1f} %",
-                f"{row['loss']:.4f}",
-                f"{row['mean_steps']:.1f}",
+                f"{row['loss']:.6f}",
+                f"{row['mean_steps']:.2f}",
                 end_section=row is entry["results"][-1],
             )
     out_console().print(table)

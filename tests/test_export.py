@@ -58,30 +58,30 @@ def layer_errors(bundle: Bundle, staged: StagedModel) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_fp32_program_equals_the_eager_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", ["dense", "gather"])
+def test_fp32_program_equals_the_eager_model(experts: str, tmp_path: Path) -> None:
     config = hf_reference.tiny_config(
         16, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]
     )
     folder = hf_reference.save(hf_reference.random_model(config, seed=3), tmp_path / "hf")
-    bundle = export_bundle(folder, tmp_path / "bundle", maximum_context=96)
+    bundle = export_bundle(folder, tmp_path / "bundle", maximum_context=96, experts=experts)
     staged = stage_model(open_checkpoint(folder), maximum_context=96)
     assert layer_errors(bundle, staged).max() <= FP32_TOLERANCE
+    assert bundle.manifest.experts.computation == experts
     assert bundle.manifest.recipe is None
     assert bundle.manifest.tokenizer is None
 
 
 @pytest.mark.slow
 def test_int4_program_equals_the_eager_int4_model(demo_bundle: Bundle, demo_int4: Path) -> None:
-    """By quantiles: where a sum rounds the other way, one int8 step is carried on by the layers.
+    """Most passes agree to fp32 rounding; a sum that rounds the other way costs an int8 step.
 
-    Hidden states are normed to a scale of 1, an int8 step is about 1/100 of that.
+    Hidden states are normed to a scale of 1, and later layers carry such a step on to all rows.
     """
     errors = layer_errors(demo_bundle, stage_model(open_checkpoint(demo_int4)))
-    quantiles = torch.quantile(errors.flatten(), torch.tensor([0.5, 0.9]))
-    assert quantiles[0] <= 1e-2
-    assert quantiles[1] <= 5e-2
-    # Nothing committed before it: only rounding inside of one pass.
-    assert torch.quantile(errors[0].flatten(), 0.5) <= 1e-5
+    medians = errors.flatten(1).median(dim=1).values
+    assert (medians <= 1e-5).sum() >= len(medians) / 2, medians
+    assert (medians <= 1e-2).all(), medians
 
 
 @pytest.mark.slow

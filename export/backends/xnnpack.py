@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -43,10 +44,15 @@ def lower_stage(stage: StageModule) -> LoweredStage:
         to_edge_transform_and_lower,
     )
 
-    with _quiet(), _shared_provenance(), torch.no_grad():
+    from export.backends.dynamic_rows import DynamicRowsPass
+    from export.backends.xnnpack_experts import ExpertsApart
+
+    experts = ExpertsApart(stage.module)
+    with _quiet(), _shared_provenance(), _rare_collections(), torch.no_grad():
         # Cloned: one tensor given for two inputs would be traced as one input used twice.
         inputs = tuple(tensor.clone() for tensor in stage.example_inputs)
-        exported = torch.export.export(stage.module, inputs, strict=False)
+        with experts.hidden():
+            exported = torch.export.export(stage.module, inputs, strict=False)
         # The plain partitioner takes dynamically quantized linears, too. With the one made for
         # them in front, each linear becomes a delegate of its own (seven times as many), and the
         # head's chunks become one delegate that holds a whole canvas of logits.
@@ -56,6 +62,7 @@ def lower_stage(stage: StageModule) -> LoweredStage:
             # `index_put` with a None index is outside of the edge dialect's verifier.
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
+        experts.insert(edge)
         delegated = _delegated_operators(edge.exported_program().graph_module)
         _check_linears(stage, delegated[QUANTIZED_LINEAR])
         program = edge.to_executorch(
@@ -65,6 +72,7 @@ def lower_stage(stage: StageModule) -> LoweredStage:
                 run_reinplace_pass=stage.mutates_buffers,
                 do_quant_fusion_and_const_prop=True,
                 extract_delegate_segments=True,
+                sym_shape_eval_pass=DynamicRowsPass(),
             )
         )
     plan = program.executorch_program.execution_plan[0]
@@ -175,3 +183,18 @@ def _shared_provenance() -> Iterator[None]:
         yield
     finally:
         del NodeSource.__deepcopy__
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for unreachable cycles a hundred times less often.
+
+    The graphs of a lowering are millions of objects that all stay; walking them again and again
+    took a tenth of its time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
