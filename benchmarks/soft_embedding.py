@@ -24,7 +24,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.head import DiffusionHead, _int8_per_row
 
-VOCABULARY, HIDDEN, POSITIONS, CHUNK_COLUMNS = 262_144, 512, 8, 4096
+VOCABULARY, HIDDEN, POSITIONS, CHUNK_COLUMNS = 262_144, 512, 8, 2048
 SEED = 20261123
 
 

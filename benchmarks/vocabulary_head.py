@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=262_144)
     parser.add_argument("--canvas", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--chunk-columns", type=int, default=4096)
+    parser.add_argument("--chunk-columns", type=int, default=2048)
     parser.add_argument("--arithmetic", choices=("int8", "fp32"), default="int8")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
