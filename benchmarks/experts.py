@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -206,7 +207,7 @@ def _report(arguments: argparse.Namespace, results: list[dict]) -> None:
 
     table = Table(
         title=f"One layer's experts, int4 group 32, {arguments.threads} threads: "
-        f"ms, best of {arguments.rounds}"
+        f"ms, median of {arguments.rounds}"
     )
     table.add_column("shape", no_wrap=True)
     columns = ("dense", "gather", "gather uneven", "estimates d/g", "chosen", "lowering s d/g")
@@ -217,7 +218,10 @@ def _report(arguments: argparse.Namespace, results: list[dict]) -> None:
         lowering = [result["programs"][form]["lowering_s"]["cpu"] for form in FORMS]
         table.add_row(
             str(Shape(**result["shape"])),
-            *(f"{min(ms[name]):.3g}" for name in ("dense even", "gather even", "gather uneven")),
+            *(
+                f"{statistics.median(ms[name]):.3g}"
+                for name in ("dense even", "gather even", "gather uneven")
+            ),
             f"{estimate['dense']:.3g} / {estimate['gather']:.3g}",
             result["choice"],
             f"{lowering[0]:.0f} / {lowering[1]:.0f}",
