@@ -333,7 +333,7 @@ class _Lookup(nn.Module):
         if isinstance(table, IntxUnpackedToInt8Tensor):
             table = IntxUnpackedToInt8Tensor(
                 qdata=table.qdata,
-                scale=table.scale,
+                scale=table.scale.to(torch.float32),  # the kernel reads bf16 as fp32: garbage
                 zero_point=table.zero_point,
                 target_dtype=table.target_dtype,
                 block_size=table.block_size,

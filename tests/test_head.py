@@ -18,8 +18,19 @@ def _table(vocabulary: int, generator: torch.Generator, scale: float = 1.0) -> t
 
 
 def _quantized(table: torch.Tensor, bits: int) -> IntxUnpackedToInt8Tensor:
-    block = HIDDEN if bits == 8 else 32
-    return IntxUnpackedToInt8Tensor.from_hp(table, (1, block), getattr(torch, f"int{bits}"))
+    """As `quantize` stores them: int8 per row, or int4 in groups of 32 with bf16 scales."""
+    if bits == 8:
+        return IntxUnpackedToInt8Tensor.from_hp(table, (1, HIDDEN), torch.int8)
+    four = IntxUnpackedToInt8Tensor.from_hp(table, (1, 32), torch.int4)
+    return IntxUnpackedToInt8Tensor(
+        qdata=four.qdata,
+        scale=four.scale.to(torch.bfloat16),
+        zero_point=four.zero_point,
+        target_dtype=torch.int4,
+        block_size=(1, 32),
+        dtype=torch.float32,
+        activation_quantization=None,
+    )
 
 
 def _inputs(
@@ -255,7 +266,7 @@ def _lower(head: DiffusionHead):  # -> ExecutorchProgramManager
     return lowered.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_the_lowered_head_decides_as_the_eager_one(bits: int | None, tmp_path) -> None:
     import executorch.kernels.quantized  # noqa: F401  (registers the quantized lookup)
     from executorch.runtime import Runtime
