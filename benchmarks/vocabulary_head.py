@@ -267,7 +267,7 @@ def _module(arguments: argparse.Namespace, variant: str):  # -> torch.nn.Module
 def _inputs(arguments: argparse.Namespace):  # -> tuple[torch.Tensor, ...]
     import torch
 
-    from export.samplers.entropy_bound import EntropyBoundSettings
+    from export.generation import UniformDiffusionSettings
 
     generator = torch.Generator().manual_seed(SEED + 1)
     shape = (1, arguments.canvas)
@@ -279,7 +279,7 @@ def _inputs(arguments: argparse.Namespace):  # -> tuple[torch.Tensor, ...]
     return (
         torch.randn(*shape, arguments.hidden, generator=generator) * sharpness,
         tokens(), tokens(), torch.tensor([0]), torch.tensor([20]),
-        EntropyBoundSettings().as_tensor(), torch.rand(shape, generator=generator),
+        torch.from_numpy(UniformDiffusionSettings().as_array()), torch.rand(shape, generator=generator),
         tokens(), tokens(),
     )  # fmt: skip
 
