@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.generation import UniformDiffusionSettings
+from export.lookup import lookup_table
 from export.samplers import entropy_bound
 
 Arithmetic = Literal["fp32", "int8"]
@@ -102,6 +104,10 @@ class DiffusionHead(nn.Module):
         tokens = torch.arange(self.columns).reshape(-1, 1) * self.chunks + torch.arange(self.chunks)
         padding = (tokens >= self.vocabulary).to(torch.float32)
         per_group = [part.sum(dim=1) for part in padding.split(self.group_chunks, dim=1)]
+        # Sums of short rows are products, which are delegated where `sum` is not (of long rows the
+        # rounding would show in the entropy, a difference of sums). A buffer, because a product
+        # with a constant made in the graph would not be delegated either.
+        self.register_buffer("fan_row", torch.ones(1, self.fan), persistent=False)
         self.register_buffer("padding_rows", torch.stack(per_group), persistent=False)  # [G, C]
         self.padding_total = int(padding.sum())
         self.padded_groups = [bool(part.any()) for part in per_group]
@@ -150,7 +156,7 @@ class DiffusionHead(nn.Module):
         last = block_max[:, :1] + weighted[:, :1] + soft[:, :1]
         block_sums = _after(_accumulate(torch.add, sums), last)
         fans = block_sums.reshape(self.canvas_length, -1, self.fan)
-        fan_sums = _row_sums(fans).squeeze(2)
+        fan_sums = F.linear(fans, self.fan_row).squeeze(2)
         total = fan_sums.sum(dim=1, keepdim=True)  # [T, 1]
         rest = uniform.reshape(-1, 1) * total
         fan, rest = _descend(fan_sums, rest)
@@ -180,7 +186,7 @@ class DiffusionHead(nn.Module):
         argmax = torch.gather(best_tokens, 1, best).reshape(1, -1)
 
         log_total = torch.log(total)
-        mean = _row_sums(weighted.reshape(fans.shape)).sum(dim=1)
+        mean = F.linear(weighted.reshape(fans.shape), self.fan_row).sum(dim=1)
         if self.padding_total:
             mean = mean - self._padding(gain, shift) * (self.padding_total * self.padding_value)
         entropy = torch.relu(log_total + shift - gain * (mean / total)).reshape(1, -1)
@@ -330,17 +336,7 @@ class _Lookup(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        if isinstance(table, IntxUnpackedToInt8Tensor):
-            table = IntxUnpackedToInt8Tensor(
-                qdata=table.qdata,
-                scale=table.scale.to(torch.float32),  # the kernel reads bf16 as fp32: garbage
-                zero_point=table.zero_point,
-                target_dtype=table.target_dtype,
-                block_size=table.block_size,
-                dtype=table.dtype,
-                activation_quantization=None,
-            )
-        self.weight = nn.Parameter(table, requires_grad=False)
+        self.weight = nn.Parameter(lookup_table(table), requires_grad=False)
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """hidden [T, H], tokens [T, R] -> [T, R]."""
@@ -378,7 +374,7 @@ def head_example_inputs(canvas_length: int, hidden_size: int) -> tuple[Tensor, .
         tokens - 1,
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1, dtype=torch.int64),
-        entropy_bound.EntropyBoundSettings().as_tensor(),
+        torch.from_numpy(UniformDiffusionSettings().as_array()),
         torch.full((1, canvas_length), 0.5),
         tokens.clone(),
         tokens.clone(),
@@ -421,14 +417,6 @@ def _is_int8_per_row(table: Tensor) -> bool:
 def _products(rows: Tensor, hidden: Tensor) -> Tensor:
     """[T, R, H] rows times [T, H] -> [T, R]."""
     return torch.bmm(rows, hidden.unsqueeze(2)).squeeze(2)
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """[..., N] -> [..., 1], as a product with ones: delegated, where `sum` is not.
-
-    For short rows: the rounding of long ones would be seen in the entropy, a difference of sums.
-    """
-    return F.linear(x, torch.ones(1, x.shape[-1]))
 
 
 def _accumulate(operation, parts: list[Tensor]) -> Tensor:

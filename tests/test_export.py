@@ -30,6 +30,8 @@ from export.tokenizer import open_tokenizer
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import LoweringError
 from quantize.puzzles import KINDS, generate
+from quantize.quantizer import quantize_checkpoint
+from quantize.recipe import preset
 from scripts.pocketdiff import run
 from tests import hf_reference
 
@@ -82,6 +84,16 @@ def test_int4_program_equals_the_eager_int4_model(demo_bundle: Bundle, demo_int4
     medians = errors.flatten(1).median(dim=1).values
     assert (medians <= 1e-5).sum() >= len(medians) / 2, medians
     assert (medians <= 1e-2).all(), medians
+
+
+@pytest.mark.slow
+def test_int4_embedding_program_equals_the_eager_model(tmp_path: Path) -> None:
+    """The 4-bit lookup has a kernel and a scale format of its own; one layer, so no int8 drift."""
+    source, int4 = tiny_checkpoint(tmp_path / "hf"), tmp_path / "int4"
+    quantize_checkpoint(source, int4, preset("int4-g32-embed4"))
+    bundle = export_bundle(int4, tmp_path / "bundle", maximum_context=96)
+    staged = stage_model(open_checkpoint(int4), maximum_context=96)
+    assert layer_errors(bundle, staged).flatten(1).median(dim=1).values.max() <= 1e-4
 
 
 @pytest.mark.slow

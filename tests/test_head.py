@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.generation import UniformDiffusionSettings
 from export.head import DiffusionHead, head_example_inputs, head_partitioners
-from export.samplers.entropy_bound import EntropyBoundSettings
 
 HIDDEN = 32
 
@@ -37,7 +37,7 @@ def _inputs(
     positions: int,
     vocabulary: int,
     generator: torch.Generator,
-    settings: EntropyBoundSettings | None = None,
+    settings: UniformDiffusionSettings | None = None,
     step: int = 20,
 ) -> tuple[torch.Tensor, ...]:
     def tokens() -> torch.Tensor:
@@ -50,7 +50,7 @@ def _inputs(
         tokens(),
         torch.tensor([1]),
         torch.tensor([step]),
-        (settings or EntropyBoundSettings()).as_tensor(),
+        torch.from_numpy((settings or UniformDiffusionSettings()).as_array()),
         torch.rand(1, positions, generator=generator),
         tokens(),
         tokens(),
@@ -143,7 +143,7 @@ def test_neither_overflows_nor_vanishes_at_any_temperature(
     generator = torch.Generator().manual_seed(3)
     table = _table(700, generator) * 0.3
     table[:, 0] = 1.0
-    settings = EntropyBoundSettings(t_min=temperature, t_max=temperature)
+    settings = UniformDiffusionSettings(t_min=temperature, t_max=temperature)
     inputs = list(_inputs(6, 700, generator, settings))
     inputs[0][..., 0] = offset * 30
     expected = _Reference(table, 30.0, tuple(inputs))
@@ -163,7 +163,7 @@ def test_neither_overflows_nor_vanishes_at_any_temperature(
 def test_equal_logits_resolve_to_the_first_token_and_a_uniform_draw() -> None:
     head = DiffusionHead(torch.ones(101, HIDDEN), soft_cap=30.0, canvas_length=4, chunk_columns=8)
     inputs = list(head_example_inputs(4, HIDDEN))
-    inputs[5] = EntropyBoundSettings(entropy_bound=1000.0).as_tensor()
+    inputs[5] = torch.from_numpy(UniformDiffusionSettings(entropy_bound=1000.0).as_array())
     inputs[6] = torch.tensor([[0.0, 0.2525, 0.7475, 1 - 2**-24]])
     outputs = head(*inputs)
     assert outputs[1].tolist() == [[0, 0, 0, 0]]
@@ -187,7 +187,7 @@ def test_draws_follow_the_softmax(bits: int | None) -> None:
         chunk_columns=10,
         logits="fp32" if bits else None,
     )
-    settings = EntropyBoundSettings(entropy_bound=1e9)
+    settings = UniformDiffusionSettings(entropy_bound=1e9)
     counts = torch.zeros(vocabulary)
     hidden = torch.randn(1, 1, HIDDEN, generator=generator)
     for _ in range(10):

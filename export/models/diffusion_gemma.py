@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.lookup import lookup_table
 from export.models.experts import (
     DenseExperts,
     Expert,
@@ -529,6 +530,8 @@ def build_layers(
         owner_path, _, leaf = path.rpartition(".")
         owner = model.get_submodule(owner_path)
         weight = load(*_checkpoint_name(path, parameter.shape))
+        if owner is model.embed_tokens:
+            weight = lookup_table(weight)
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
     for i, layer in enumerate(model.layers):
         scalars = [

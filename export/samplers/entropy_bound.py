@@ -7,7 +7,6 @@ comparison. Source: `EntropyBoundSampler`, `StableAndConfidentStoppingCriteria` 
 (`models/diffusion_gemma/generation_diffusion_gemma.py`); the bound is from arXiv 2505.24857.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,40 +20,8 @@ SETTINGS = (
     "stability_threshold",
     "confidence_threshold",
 )
-"""Order of the entries of the `settings` [6] fp32 input of the head."""
-
-
-@dataclass(frozen=True)
-class EntropyBoundSettings:
-    """What a user may set per generation; the defaults are the released model's.
-
-    Raises ValueError, with the value seen, where a setting has no meaning.
-    """
-
-    max_steps: int = 48
-    t_min: float = 0.4
-    t_max: float = 0.8
-    entropy_bound: float = 0.1
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
-
-    def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1")
-        if not 0 < self.t_min <= self.t_max:
-            raise ValueError(
-                f"t_min is {self.t_min} and t_max {self.t_max}; 0 < t_min <= t_max must hold"
-            )
-        if not self.entropy_bound > 0:
-            raise ValueError(f"entropy_bound is {self.entropy_bound}; it must be positive")
-        if self.stability_threshold < 0:
-            raise ValueError(
-                f"stability_threshold is {self.stability_threshold}; it must not be negative"
-            )
-
-    def as_tensor(self) -> Tensor:
-        """The `settings` input of the head, [6] fp32, in the order of `SETTINGS`."""
-        return torch.tensor([float(getattr(self, name)) for name in SETTINGS])
+"""Order of the entries of the `settings` [6] fp32 input of the head, which is that of the fields of
+`export.generation.UniformDiffusionSettings`."""
 
 
 class SamplerDecision(NamedTuple):
