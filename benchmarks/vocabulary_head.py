@@ -279,7 +279,8 @@ def _inputs(arguments: argparse.Namespace):  # -> tuple[torch.Tensor, ...]
     return (
         torch.randn(*shape, arguments.hidden, generator=generator) * sharpness,
         tokens(), tokens(), torch.tensor([0]), torch.tensor([20]),
-        torch.from_numpy(UniformDiffusionSettings().as_array()), torch.rand(shape, generator=generator),
+        torch.from_numpy(UniformDiffusionSettings().as_array()),
+        torch.rand(shape, generator=generator),
         tokens(), tokens(),
     )  # fmt: skip
 
