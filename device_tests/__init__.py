@@ -1,0 +1,1 @@
+"""Devices: deployment, benchmark, memory, temperature, report. Not built yet; imports no torch."""
