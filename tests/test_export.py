@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from scripts.pocketdiff import run
 from tests import hf_reference
+from tests.test_cli import start
 
 # fp32 differs only by the order of sums.
 FP32_TOLERANCE = 1e-4
@@ -47,11 +46,11 @@ def layer_errors(bundle: Bundle, staged: StagedModel) -> torch.Tensor:
     canvas = info.canvas_length
     errors = []
     # The last encode overwrites a denoising step's scratch, the last denoise reads what it wrote.
-    for start, denoise in [(0, 0), (canvas, 0), (2 * canvas - 3, 1), (2 * canvas - 3, 1),
+    for position, denoise in [(0, 0), (canvas, 0), (2 * canvas - 3, 1), (2 * canvas - 3, 1),
                            (2 * canvas - 3, 0), (3 * canvas - 3, 1)]:  # fmt: skip
         inputs = (
             torch.randint(0, info.vocabulary_size, (1, canvas)),
-            torch.tensor([start]),
+            torch.tensor([position]),
             torch.tensor([denoise]),
             torch.randn(1, canvas, info.hidden_size),
         )
@@ -203,13 +202,7 @@ def test_an_export_interrupted_between_two_stages_leaves_nothing(tmp_path: Path)
     checkpoint = tiny_checkpoint(tmp_path / "hf")
     destination = tmp_path / "out" / "bundle"
     destination.parent.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.pocketdiff", "export", checkpoint, destination],
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("export", checkpoint, destination)
     try:
         until = time.monotonic() + 300
         while not list(destination.parent.rglob("layers.pte")):
