@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from export.backends import check_backend, lower_stage
+from export.backends import LoweredStage, check_backend, lower_stage
 from export.bundle import (
     Bundle,
     Manifest,
@@ -61,12 +61,13 @@ def export_bundle(
         if tokenizer is not None:
             _check_tokenizer(tokenizer, model)
             writer.path(TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())
-        delegation = {}
+        described, delegation = [], {}
         total = len(model.stages) + 2
         for done, stage in enumerate(model.stages, start=1):
             report(done, total, f"lowering {stage.name}")
             lowered = lower_stage(stage, backend)
             lowered.write(writer.path(_file(stage)))
+            described.append(_describe(stage, lowered))
             delegation[stage.name] = lowered.delegation
         report(total - 1, total, "sealing")
         writer.finish(
@@ -75,7 +76,7 @@ def export_bundle(
                 style=model.style,
                 sampler=model.sampler,
                 special_tokens=model.special_tokens,
-                stages=tuple(_describe(stage) for stage in model.stages),
+                stages=tuple(described),
                 backend=backend,
                 versions={name: importlib.metadata.version(name) for name in TOOL_CHAIN},
                 experts=model.experts,
@@ -106,19 +107,14 @@ def _file(stage: StageModule) -> str:
     return f"{stage.name}.pte"
 
 
-def _describe(stage: StageModule) -> Stage:
-    """The stage as the manifest has it; output shapes come from a trace, not from a run."""
-    import torch
-
-    with torch.no_grad():
-        outputs = stage.module(*stage.example_inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+def _describe(stage: StageModule, lowered: LoweredStage) -> Stage:
+    """The stage as the manifest has it."""
     return Stage(
         name=stage.name,
         role=stage.role,
         file=_file(stage),
         inputs=_specs(stage.input_names, stage.example_inputs),
-        outputs=_specs(stage.output_names, outputs),
+        outputs=_specs(stage.output_names, lowered.outputs),
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from torch import Tensor
+
 from export.bundle import Delegation
 from export.staging import StageModule
 from quantize.errors import LoweringError
@@ -19,13 +21,13 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class LoweredStage:
-    """A stage's program: how to write it, and which operators run where.
+    """A stage's program: how to write it, what it gives, and which operators run where.
 
-    `write` writes the `.pte` file; `bytes` is its size.
+    `write` writes the `.pte` file; `outputs` are tensors without data, from the trace, in order.
     """
 
     write: Callable[[Path], None]
-    bytes: int
+    outputs: tuple[Tensor, ...]
     delegation: Delegation
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from export.backends import LoweredStage
 from export.bundle import Delegation
@@ -85,7 +84,7 @@ def lower_stage(stage: StageModule) -> LoweredStage:
 
     return LoweredStage(
         write=write,
-        bytes=len(program.buffer),
+        outputs=_outputs(exported),
         delegation=Delegation(delegates, dict(delegated), dict(portable)),
     )
 
@@ -135,7 +134,7 @@ def _instructions(plan: Any) -> tuple[int, Counter[str]]:
 
 
 def _check_linears(stage: StageModule, found: int) -> None:
-    expected = sum(_is_dynamically_quantized(p) for p in _weights(stage.module))
+    expected = sum(_is_dynamically_quantized(p) for p in stage.module.parameters())
     if found != expected:
         raise LoweringError(
             f"stage {stage.name}: {found} of {expected} quantized linears reached XNNPACK as "
@@ -143,8 +142,10 @@ def _check_linears(stage: StageModule, found: int) -> None:
         )
 
 
-def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    return iter(module.parameters())
+def _outputs(exported: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...]:
+    """What the traced module returns, as tensors without data."""
+    nodes = {node.name: node for node in exported.graph.nodes}
+    return tuple(nodes[name].meta["val"] for name in exported.graph_signature.user_outputs)
 
 
 def _is_dynamically_quantized(weight: torch.Tensor) -> bool:
