@@ -1,1 +1,1 @@
-"""Devices: deployment, benchmark, memory, temperature, report. Not built yet; imports no torch."""
+"""Devices: deployment, benchmark, memory, temperature, report. Imports no torch."""

@@ -29,3 +29,7 @@ class LoweringError(UserError):
 
 class OutputError(UserError):
     """A file or folder that cannot be written."""
+
+
+class DeviceError(UserError):
+    """A device that cannot be reached, or did not do what was asked of it."""
