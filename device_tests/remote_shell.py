@@ -11,7 +11,7 @@ from device_tests.errors import CommandFailed, StorageFull
 from device_tests.transport import ShellResult, Transport
 
 DEVICE_ROOT = "/data/local/tmp/pocketdiff"
-"""Everything of ours on a device lies in this folder; the user `shell` may write and execute there."""
+"""Everything of ours on a device lies here; the user `shell` may write and execute in it."""
 
 MAXIMUM_QUOTED_CHARACTERS = 200
 """What a message quotes of a device's answer or of a command, at most."""
