@@ -6,13 +6,21 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 PLAIN_LINE_EVERY_S = 5.0
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of text for people.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result of this command.")
+]
 
 
 def err_console() -> Console:
