@@ -1,0 +1,178 @@
+"""The results file: one JSON line per run on a device, appended and never rewritten.
+
+What a record's metrics mean and how records are compared is not known here. The format is
+`record.schema.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from quantize.errors import OutputError, UserError
+
+SCHEMA_VERSION = 1
+MAXIMUM_LINE_BYTES = 64 * 2**20
+
+Pass = Literal["cold", "warm_up", "speed", "natural", "memory"]
+"""Why a run was made: load from storage, first run, forced steps, free steps, memory sampling."""
+
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+Reason = Literal[
+    "out_of_memory",
+    "crash_signal",
+    "hang",
+    "device_gone",
+    "device_restarted",
+    "storage_full",
+    "thermal_timeout",
+    "bundle_refused",
+    "runner_missing",
+    "input",
+    "internal",
+]
+"""Every way in which a run can fail."""
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+Record = dict[str, Any]
+
+_BEGINNING = b'{"schema_version"'
+_log = logging.getLogger(__name__)
+
+
+class RecordError(UserError):
+    """A results file that cannot be read, or a record that breaks the format."""
+
+
+def append(path: str | os.PathLike[str], record: Record) -> None:
+    """Write `record` as the last line of `path` in one write, and have it on the disk on return.
+
+    The file is made if it is not there. A last line that a killed process left unfinished is cut
+    off first, with a warning. Raises RecordError if the record breaks the schema, OutputError if
+    the file cannot be written.
+    """
+    check(record, "the record to be written")
+    record = {"schema_version": record["schema_version"]} | record  # a line begins with it
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    if len(line) > MAXIMUM_LINE_BYTES:
+        raise RecordError(
+            f"the record of run {record['run_id']} has {len(line)} bytes, at most "
+            f"{MAXIMUM_LINE_BYTES} are allowed; sample memory less often"
+        )
+    path = Path(path)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            line = _close_last_line(descriptor, path) + line
+            start = os.fstat(descriptor).st_size
+            written = os.write(descriptor, line)
+            if written != len(line):  # a full disk: no half record may stay
+                os.ftruncate(descriptor, start)
+                raise OutputError(f"{path} has no room for another record; free space and resume")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}); free space or give another file"
+        ) from error
+
+
+def read(path: str | os.PathLike[str]) -> list[Record]:
+    """Read and check every record of `path`, in the order in which they were written.
+
+    A last line that a killed process left unfinished is left out, with a warning. Raises
+    RecordError, naming the line, for anything else that is not a record.
+    """
+    path = Path(path)
+    found: list[Record] = []
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAXIMUM_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAXIMUM_LINE_BYTES:
+                    raise RecordError(
+                        f"{path} line {number} is longer than {MAXIMUM_LINE_BYTES} bytes; "
+                        "give a results file of `pocketdiff bench`"
+                    )
+                record = _parse(line)
+                if record is None and not line.endswith(b"\n"):
+                    _log.warning(
+                        "%s: line %d is unfinished (the bench was killed); left out", path, number
+                    )
+                    break
+                where = f"{path} line {number}"
+                if record is None:
+                    raise RecordError(f"{where} is not a JSON object; remove the line")
+                check(record, where)
+                found.append(record)
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be read ({error.strerror}); give a results file of `pocketdiff bench`"
+        ) from error
+    return found
+
+
+def check(record: Record, where: str) -> None:
+    """Raise RecordError, naming the field, if `record` breaks the schema."""
+    from jsonschema.exceptions import best_match
+
+    version = record.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise RecordError(
+            f"{where} has schema version {version}, this program reads up to {SCHEMA_VERSION}; "
+            "update the program"
+        )
+    error = best_match(_validator().iter_errors(record))
+    if error is not None:
+        field = ".".join(str(part) for part in error.absolute_path) or "the top level"
+        # The schema's own sentence quotes the offending value, which may be long.
+        reason = error.message if len(error.message) <= 200 else error.message[:200] + "..."
+        raise RecordError(f"{where} breaks the format of records at {field} ({reason})")
+
+
+@functools.cache
+def _validator() -> Any:
+    # Imported here: a tenth of a second that `--help` need not pay.
+    from jsonschema import Draft202012Validator
+
+    schema = Path(__file__).with_name("record.schema.json").read_text(encoding="utf-8")
+    return Draft202012Validator(json.loads(schema))
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        document = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number in JSON")
+
+
+def _close_last_line(descriptor: int, path: Path) -> bytes:
+    """Bring the file to the end of a line: cut an unfinished one, or return the missing newline."""
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return b""
+    start = max(0, size - MAXIMUM_LINE_BYTES)
+    tail = os.pread(descriptor, size - start, start)
+    if b"\n" not in tail and start > 0:
+        raise RecordError(f"{path} is no results file; give another one")
+    last = tail[tail.rfind(b"\n") + 1 :]
+    if _parse(last) is not None:
+        return b"\n"
+    if not last.startswith(_BEGINNING[: len(last)]):  # never cut into another program's file
+        raise RecordError(f"{path} is no results file; give another one")
+    os.ftruncate(descriptor, size - len(last))
+    _log.warning("%s: the last line was unfinished (a bench was killed); removed", path)
+    return b""
