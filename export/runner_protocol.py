@@ -1,0 +1,316 @@
+"""The runner protocol: the request a run begins with, the events it tells, the result it leaves.
+
+Both sides use it, the runner on a device and the host, so it imports no torch. How a run is started
+and followed is not known here. The format is `runner_protocol.schema.json`, in words
+`docs/runner.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quantize.errors import DeviceError
+
+PROTOCOL = 1
+"""The version spoken here."""
+
+REQUEST_FILE = "request.json"
+EVENTS_FILE = "events.jsonl"
+RESULT_FILE = "result.json"
+
+MAXIMUM_REQUEST_BYTES = 16 * 2**20
+MAXIMUM_LINE_BYTES = 2**20
+"""Of one event, its line end included."""
+MAXIMUM_RESULT_BYTES = 64 * 2**20
+
+EXIT_OK = 0
+EXIT_FAILED = 3
+"""The run failed and said why; every other exit code is a crash."""
+
+EVENTS = frozenset(
+    {
+        "started",
+        "loaded",
+        "warmed_up",
+        "prefill",
+        "step",
+        "canvas",
+        "text",
+        "memory",
+        "temperature",
+        "done",
+        "failed",
+    }
+)
+"""The events of this version. Others are let through: a reader passes over what it does not know."""
+
+FailureReason = Literal[
+    "bundle_refused", "out_of_memory", "input", "storage_full", "cancelled", "internal"
+]
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAXIMUM_QUOTE = 200
+
+
+class RunnerProtocolError(DeviceError):
+    """A request, event or result that breaks the runner protocol."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What one run is to do; exactly one of `prompt_text` and `prompt_tokens` is given.
+
+    `bundle` is an absolute folder on the device. Fields as in docs/runner.md.
+    """
+
+    run_id: str
+    bundle: str
+    max_new_tokens: int
+    prompt_text: str | None = None
+    prompt_tokens: tuple[int, ...] | None = None
+    bundle_sha256: str | None = None
+    verify: bool = False
+    threads: int | None = None
+    cold: bool = False
+    warmup_steps: int = 2
+    seed: int = 0
+    force_steps: int | None = None
+    settings: Mapping[str, float] | None = None
+    memory_interval_ms: int | None = None
+    memory_limit_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as it stands in request.json. Raises RunnerProtocolError if it is not valid."""
+        document: dict[str, Any] = {"protocol": PROTOCOL} | asdict(self)
+        text, tokens = document.pop("prompt_text"), document.pop("prompt_tokens")
+        if (text is None) == (tokens is None):
+            raise RunnerProtocolError(
+                "a request needs a prompt as text or as tokens, one of the two; "
+                f"{'none was' if text is None else 'both were'} given"
+            )
+        document["prompt"] = {"text": text} if tokens is None else {"tokens": list(tokens)}
+        if self.settings is not None:
+            document["settings"] = dict(self.settings)
+        _check("request", document, "the request")
+        return document
+
+    def to_bytes(self) -> bytes:
+        """The content of request.json. Raises RunnerProtocolError if it is not valid."""
+        content = _dump(self.to_json(), "the request") + b"\n"
+        if len(content) > MAXIMUM_REQUEST_BYTES:
+            raise RunnerProtocolError(
+                f"the request has {len(content)} bytes, at most {MAXIMUM_REQUEST_BYTES} are read; "
+                "shorten the prompt"
+            )
+        return content
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> RunRequest:
+        """A request from a document that the schema accepts."""
+        fields = dict(document)
+        del fields["protocol"]
+        prompt = fields.pop("prompt")
+        tokens = prompt.get("tokens")
+        return cls(
+            prompt_text=prompt.get("text"),
+            prompt_tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            **fields,
+        )
+
+
+def read_request(path: Path) -> RunRequest:
+    """Read and check request.json.
+
+    Raises RunnerProtocolError for a file that cannot be read, breaks the protocol, or is newer.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_REQUEST_BYTES + 1)
+    except OSError as error:
+        raise RunnerProtocolError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+    return parse_request(content, str(path))
+
+
+def parse_request(content: bytes, where: str = REQUEST_FILE) -> RunRequest:
+    """Check the content of request.json. Raises RunnerProtocolError."""
+    document = _load(content, MAXIMUM_REQUEST_BYTES, where)
+    _check_version(document, where, "runner")
+    _check("request", document, where)
+    return RunRequest.from_json(document)
+
+
+def run_id_of(content: bytes) -> str | None:
+    """The run id of a request that may be broken otherwise; None if it has no valid one."""
+    try:
+        run_id = _load(content, MAXIMUM_REQUEST_BYTES, REQUEST_FILE).get("run_id")
+    except RunnerProtocolError:
+        return None
+    return run_id if _validator("run_id").is_valid(run_id) else None
+
+
+def parse_event(line: bytes) -> dict[str, Any]:
+    """One line of events.jsonl, with or without its line end.
+
+    An event that this version does not know (`event` not in EVENTS) is given back with no more
+    than `event` and `t_ms` checked. Raises RunnerProtocolError for anything malformed and for a
+    newer protocol.
+    """
+    document = _load(line, MAXIMUM_LINE_BYTES, "an event")
+    _check("event", document, "an event")
+    kind = document["event"]
+    if kind == "started":
+        _check_version(document, "the event 'started'", "host")
+    if kind in EVENTS:
+        _check(f"event.{kind}", document, f"the event {kind!r}")
+    return document
+
+
+def parse_result(content: bytes) -> dict[str, Any]:
+    """The content of result.json. Raises RunnerProtocolError for anything malformed or newer."""
+    document = _load(content, MAXIMUM_RESULT_BYTES, RESULT_FILE)
+    _check_version(document, RESULT_FILE, "host")
+    _check("result", document, RESULT_FILE)
+    return document
+
+
+def event_line(event: str, t_ms: float, fields: Mapping[str, Any]) -> bytes:
+    """One line of events.jsonl, line end included; numbers that are not finite become null.
+
+    Raises RunnerProtocolError for a line over the limit.
+    """
+    line = _dump({"event": event, "t_ms": round(t_ms, 3)} | dict(fields), f"the event {event!r}")
+    if len(line) >= MAXIMUM_LINE_BYTES:
+        raise RunnerProtocolError(
+            f"the event {event!r} has {len(line)} bytes, at most {MAXIMUM_LINE_BYTES} are read"
+        )
+    return line + b"\n"
+
+
+def result_bytes(result: Mapping[str, Any]) -> bytes:
+    """The content of result.json; numbers that are not finite become null.
+
+    Raises RunnerProtocolError for a result over the limit.
+    """
+    content = _dump(result, "the result") + b"\n"
+    if len(content) > MAXIMUM_RESULT_BYTES:
+        raise RunnerProtocolError(
+            f"the result has {len(content)} bytes, at most {MAXIMUM_RESULT_BYTES} are read; "
+            "ask for fewer tokens"
+        )
+    return content
+
+
+def sentence(text: str) -> str:
+    """Text as a failure's sentence may be: one line, no control characters, at most 2,000 long."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line[:2000] or "no reason was given"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _dump(document: Mapping[str, Any], where: str) -> bytes:
+    text = json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RunnerProtocolError(
+            f"{where} holds half of a surrogate pair, which is no text; leave it out"
+        ) from error
+
+
+def _load(content: bytes, maximum_bytes: int, where: str) -> dict[str, Any]:
+    if len(content) > maximum_bytes:
+        raise RunnerProtocolError(
+            f"{where} has {len(content)} bytes or more, at most {maximum_bytes} are read"
+        )
+    try:
+        document = json.loads(
+            content.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_parse_float
+        )
+        if _SURROGATE.search(content):  # whoever writes this into a file would fail
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        reason = sentence(str(error))[:_MAXIMUM_QUOTE]
+        raise RunnerProtocolError(f"{where} is not valid JSON ({reason}); run again") from error
+    if not isinstance(document, dict):
+        raise RunnerProtocolError(
+            f"{where} holds a JSON {type(document).__name__}, expected an object"
+        )
+    return document
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number in JSON")
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
+def _check_version(document: Mapping[str, Any], where: str, reader: str) -> None:
+    version = document.get("protocol")
+    if type(version) is not int:
+        raise RunnerProtocolError(
+            f"{where} has the protocol {sentence(repr(version))[:_MAXIMUM_QUOTE]}, expected the "
+            f"integer {PROTOCOL}"
+        )
+    if version > PROTOCOL:
+        raise RunnerProtocolError(
+            f"{where} has the protocol version {version}, this {reader} speaks {PROTOCOL}; "
+            f"update the {reader}"
+        )
+    if version < PROTOCOL:
+        raise RunnerProtocolError(
+            f"{where} has the protocol version {version}, this {reader} speaks {PROTOCOL}; "
+            f"update the {'host' if reader == 'runner' else 'runner'}"
+        )
+
+
+@functools.cache
+def _definitions() -> dict[str, Any]:
+    schema = Path(__file__).with_name("runner_protocol.schema.json").read_text(encoding="utf-8")
+    return json.loads(schema)["$defs"]
+
+
+@functools.cache
+def _validator(definition: str) -> Any:
+    # Imported here: a tenth of a second that `--help` need not pay.
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator({"$ref": f"#/$defs/{definition}", "$defs": _definitions()})
+
+
+def _check(definition: str, document: Mapping[str, Any], where: str) -> None:
+    from jsonschema.exceptions import best_match
+
+    try:
+        error = best_match(_validator(definition).iter_errors(document))
+    except RecursionError as deep:
+        raise RunnerProtocolError(f"{where} is nested too deeply") from deep
+    if error is not None:
+        place = ".".join(str(part) for part in error.absolute_path) or "the top level"
+        # The schema's own sentence quotes the offending value, which may be long or hostile.
+        raise RunnerProtocolError(
+            f"{where} breaks the runner protocol at {sentence(place)[:_MAXIMUM_QUOTE]} "
+            f"({sentence(error.message)[:_MAXIMUM_QUOTE]}); use a runner and a host of one version"
+        )
