@@ -1,0 +1,78 @@
+"""Command line of the local device: start, stop, status, run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from device_tests.local_device import LocalDevice, kept
+from quantize.errors import DeviceError
+from scripts.console import err_console, out_console
+
+app = typer.Typer(
+    help="A device that answers adb on this machine: Debian's adbd, listening on loopback only.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Folder = Annotated[
+    Path, typer.Option(help="where the device keeps its /data, its log and its state")
+]
+DEFAULT_FOLDER = Path("out/local_device")
+
+
+@app.command()
+def start(
+    folder: Folder = DEFAULT_FOLDER,
+    port: Annotated[int, typer.Option(help="on loopback; 0: a free one")] = 0,
+) -> None:
+    """Start the device and leave it running; prints its serial."""
+    running = kept(folder)
+    if running is None:
+        running = LocalDevice(folder, port=port, keep=True).start()
+    out_console().print(running.serial)
+
+
+@app.command()
+def stop(folder: Folder = DEFAULT_FOLDER) -> None:
+    """End the device and everything on it; its files stay."""
+    running = kept(folder)
+    if running is None:
+        raise DeviceError(f"no local device runs in {str(folder)!r}")
+    running.stop()
+
+
+@app.command()
+def status(folder: Folder = DEFAULT_FOLDER) -> None:
+    """Print the serial of the running device; exit code 1 if none runs."""
+    running = kept(folder)
+    if running is None:
+        out_console().print(f"no local device runs in {str(folder)!r}", soft_wrap=True)
+        raise typer.Exit(1)
+    out_console().print(running.serial)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(command: list[str]) -> None:
+    """Run COMMAND with ANDROID_SERIAL naming a fresh device, which ends with it."""
+    with tempfile.TemporaryDirectory() as folder, LocalDevice(folder) as device:
+        environment = os.environ | {"ANDROID_SERIAL": device.serial}
+        raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+def main() -> None:
+    """Entry point; what a person can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except DeviceError as error:
+        err_console().print(f"error: {error}", style="red", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
