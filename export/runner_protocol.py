@@ -49,7 +49,7 @@ EVENTS = frozenset(
         "failed",
     }
 )
-"""The events of this version. Others are let through: a reader passes over what it does not know."""
+"""The events of this version; a reader passes over others."""
 
 FailureReason = Literal[
     "bundle_refused", "out_of_memory", "input", "storage_full", "cancelled", "internal"
@@ -87,7 +87,7 @@ class RunRequest:
     memory_limit_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The request as it stands in request.json. Raises RunnerProtocolError if it is not valid."""
+        """The request as it stands in request.json. Raises RunnerProtocolError if not valid."""
         document: dict[str, Any] = {"protocol": PROTOCOL} | asdict(self)
         text, tokens = document.pop("prompt_text"), document.pop("prompt_tokens")
         if (text is None) == (tokens is None):
