@@ -299,7 +299,7 @@ METRICS: tuple[Metric, ...] = (
         "lower", _COLD, _load_cold,
     ),
     Metric(
-        "cold_resident_share", "share", "Still in the page cache at a cold load", "Time to load",
+        "cold_resident_share", "share", "In page cache at cold load", "Time to load",
         "result.cold.resident_after: pages of the bundle's files that mincore finds in the page "
         "cache after the drop, by all their pages (0 to 1)",
         "lower", _COLD, _cold_resident,
@@ -333,29 +333,29 @@ METRICS: tuple[Metric, ...] = (
         "lower", _NATURAL, _field("first_commit_ms"),
     ),
     Metric(
-        "step_ms", "ms", "Denoising step, median", "Denoising",
+        "step_ms", "ms", "Denoising step", "Denoising",
         "median over denoising steps of layers_ms + head_ms; over repeats: of the steps of all "
         "repeats put together",
         "lower", _SPEED, _of_steps(step_times, "median"), step_times, "median",
     ),
     Metric(
-        "step_ms_p5", "ms", "Denoising step, 5th percentile", "Denoising",
+        "step_ms_p5", "ms", "Denoising step, p5", "Denoising",
         "5th percentile of the same steps",
         "lower", _SPEED, _of_steps(step_times, "p5"), step_times, "p5",
     ),
     Metric(
-        "step_ms_p95", "ms", "Denoising step, 95th percentile", "Denoising",
+        "step_ms_p95", "ms", "Denoising step, p95", "Denoising",
         "95th percentile of the same steps",
         "lower", _SPEED, _of_steps(step_times, "p95"), step_times, "p95",
     ),
     Metric(
-        "layers_ms", "ms", "Layers of a step, median", "Denoising",
+        "layers_ms", "ms", "Layers of a step", "Denoising",
         "median over denoising steps of layers_ms",
         "lower", _SPEED, _of_steps(_layers_times, "median"), _layers_times, "median",
     ),
     Metric(
-        "head_ms", "ms", "Head and sampler of a step, median", "Denoising",
-        "median over denoising steps of head_ms",
+        "head_ms", "ms", "Head of a step", "Denoising",
+        "median over denoising steps of head_ms; the sampler is in it",
         "lower", _SPEED, _of_steps(_head_times, "median"), _head_times, "median",
     ),
     Metric(
@@ -393,7 +393,7 @@ METRICS: tuple[Metric, ...] = (
         "higher", _NATURAL, _tokens_per_s,
     ),
     Metric(
-        "tokens_per_s_with_padding", "tokens/s", "Tokens per second, padding counted", "Yield",
+        "tokens_per_s_with_padding", "tokens/s", "Tokens per second with padding", "Yield",
         "1000 * committed tokens of all canvases, padding after the end included / "
         "result.total_ms",
         "higher", _NATURAL, _tokens_per_s_with_padding,
@@ -410,12 +410,12 @@ METRICS: tuple[Metric, ...] = (
         "lower", _MEMORY, _largest("pss_bytes"),
     ),
     Metric(
-        "anonymous_bytes", "bytes", "Anonymous memory at the peak", "Memory",
+        "anonymous_bytes", "bytes", "Anonymous at the peak", "Memory",
         "anonymous_bytes of the memory sample with the largest rss_bytes",
         "lower", _MEMORY, _at_largest_rss("anonymous_bytes"),
     ),
     Metric(
-        "file_bytes", "bytes", "File-backed memory at the peak", "Memory",
+        "file_bytes", "bytes", "File-backed at the peak", "Memory",
         "file_bytes of the memory sample with the largest rss_bytes",
         "lower", _MEMORY, _at_largest_rss("file_bytes"),
     ),
