@@ -126,12 +126,30 @@ def _steps(record: Record) -> list[Mapping[str, Any]]:
 
 def step_times(record: Record) -> list[float]:
     """Layers and head of every denoising step of the run, in ms, in their order."""
-    times = []
-    for step in _steps(record):
-        layers, head = _number(step.get("layers_ms")), _number(step.get("head_ms"))
-        if layers is not None and head is not None:
-            times.append(layers + head)
-    return times
+    return _times(_steps(record))
+
+
+def _times(steps: Iterable[Mapping[str, Any]]) -> list[float]:
+    pairs = ((_number(step.get("layers_ms")), _number(step.get("head_ms"))) for step in steps)
+    return [layers + head for layers, head in pairs if layers is not None and head is not None]
+
+
+def accepted_positions(record: Record) -> list[list[float]]:
+    """Positions accepted at each step, canvas by canvas; steps that do not tell are left out."""
+    return [
+        _known(_number(_mapping(step).get("accepted")) for step in _list(canvas.get("steps")))
+        for canvas in _canvases(record)
+    ]
+
+
+def canvas_length(record: Record) -> int:
+    """Tokens of the longest canvas, 0 if there is none."""
+    return max((len(_list(canvas.get("tokens"))) for canvas in _canvases(record)), default=0)
+
+
+def event_step_times(record: Record) -> list[float]:
+    """As `step_times`, from the events: what a run that failed left."""
+    return _times(map(_mapping, _list(record.get("steps"))))
 
 
 def _layers_times(record: Record) -> list[float]:
@@ -168,9 +186,7 @@ def _steps_per_canvas(record: Record) -> float | None:
 
 
 def _accepted_per_step(record: Record) -> float | None:
-    accepted = [
-        count for step in _steps(record) if (count := _number(step.get("accepted"))) is not None
-    ]
+    accepted = [count for canvas in accepted_positions(record) for count in canvas]
     return _ratio(sum(accepted), len(accepted))
 
 
@@ -224,6 +240,15 @@ def _at_largest_rss(name: str) -> Callable[[Record], float | None]:
 def _sensors(record: Record, phase: str) -> list[Mapping[str, Any]]:
     samples = map(_mapping, _list(record.get("sensors")))
     return [sample for sample in samples if sample.get("phase") == phase]
+
+
+def memory_series(record: Record, name: str) -> list[tuple[float, float]]:
+    """Seconds since the process began and the value, for the samples taken on the way."""
+    pairs = (
+        (_number(sample.get("t_ms")), _number(sample.get(name)))
+        for sample in map(_mapping, _list(record.get("memory")))
+    )
+    return [(t_ms / 1000, found) for t_ms, found in pairs if None not in (t_ms, found)]
 
 
 def hottest(sample: Mapping[str, Any]) -> float | None:

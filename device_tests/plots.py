@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -19,7 +21,18 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from device_tests.metrics import BY_NAME, fastest, hottest, percentile, step_times, value
+from device_tests.metrics import (
+    BY_NAME,
+    accepted_positions,
+    canvas_length,
+    event_step_times,
+    fastest,
+    hottest,
+    memory_series,
+    percentile,
+    step_times,
+    value,
+)
 from device_tests.plain_text import quantity
 
 Record = Mapping[str, Any]
@@ -171,21 +184,11 @@ def _key(axes: Axes, columns: int = 3) -> None:
         )
 
 
-def _event_times(record: Record) -> list[float]:
-    """Step times of a run that did not finish, from its events."""
-    found = []
-    for step in record["steps"]:
-        layers, head = step.get("layers_ms"), step.get("head_ms")
-        if isinstance(layers, (int, float)) and isinstance(head, (int, float)):
-            found.append(float(layers) + float(head))
-    return found
-
-
 def _paint_steps(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     speed = _of_pass(records, "speed")
     runs = [(record, step_times(record)) for record in _ok(speed)]
     runs = [(record, times) for record, times in runs if times]
-    failed = [(r, times) for r in speed if r["status"] != "ok" and (times := _event_times(r))]
+    failed = [(r, times) for r in speed if r["status"] != "ok" and (times := event_step_times(r))]
     if not runs and not failed:
         raise NothingToDraw("No speed run has denoising steps, so there are no step times to show.")
     axes = figure.subplots()
@@ -208,7 +211,7 @@ def _paint_steps(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     if median is not None:
         axes.axhline(median, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set(xlabel="denoising step of the run", ylabel="step, ms")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(time for _, times in [*runs, *failed] for time in times))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _key(axes)
     caption = "Layers and head of each forced step, one line a repeat."
@@ -222,69 +225,59 @@ def _paint_steps(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
 
 
 def _canvas_ends(record: Record) -> list[int]:
-    ends, count = [], 0
-    for canvas in record["result"].get("canvases", []):
-        count += len(canvas.get("steps", []))
-        ends.append(count)
-    return ends
+    return list(accumulate(len(canvas) for canvas in accepted_positions(record)))
 
 
 def _paint_accepted(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     natural = _ok(_of_pass(records, "natural"))
-    speed = _ok(_of_pass(records, "speed"))
-    is_natural = bool(natural)
-    lines: dict[tuple[int, ...], int] = {}
-    first = None
-    for record in natural or speed:
-        steps = [
-            step for canvas in record["result"].get("canvases", []) for step in canvas["steps"]
-        ]
-        accepted = tuple(int(step["accepted"]) for step in steps)
-        if accepted:
-            first = first or record
-            lines[accepted] = lines.get(accepted, 0) + 1
-    if first is None:
+    runs = [r for r in natural or _ok(_of_pass(records, "speed")) if any(accepted_positions(r))]
+    if not runs:
         raise NothingToDraw("No run that went well has denoising steps, so nothing was accepted.")
+    # Runs of one seed mostly agree: each different course is drawn once.
+    courses: Counter[tuple[tuple[float, ...], ...]] = Counter(
+        tuple(map(tuple, accepted_positions(record))) for record in runs
+    )
     axes = figure.subplots()
-    for (accepted, count), (_, colour) in zip(lines.items(), _colours(len(lines)), strict=True):
-        axes.plot(
-            range(1, len(accepted) + 1), accepted, "o-", color=colour,
-            label=f"{count} run{'s' * (count != 1)}",
-        )  # fmt: skip
-    length = max(len(canvas["tokens"]) for canvas in first["result"]["canvases"])
+    for (course, count), (_, colour) in zip(courses.items(), _colours(len(courses)), strict=True):
+        step = 1
+        for index, canvas in enumerate(course):
+            axes.plot(
+                range(step, step + len(canvas)), canvas, "o-", color=colour,
+                label=f"{count} run{'s' * (count != 1)}" if index == 0 else None,
+            )  # fmt: skip
+            step += len(canvas)
+    length = max(map(canvas_length, runs))
     axes.axhline(length, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    for end in _canvas_ends(first)[:-1]:
+    ends = _canvas_ends(runs[0])
+    for end in ends[:-1]:
         axes.axvline(end + 0.5, color=_FAINT, linewidth=1, linestyle=":")
     axes.set(xlabel="denoising step of the run", ylabel="accepted positions")
-    axes.set_ylim(0, length * 1.08)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _key(axes)
+    axes.set_ylim(0, max(1, length) * 1.08)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     caption = f"Positions accepted at each step; dashed: the whole canvas of {length}."
-    if len(_canvas_ends(first)) > 1:
+    if len(ends) > 1:
         caption += " Dotted: a new canvas."
-    if is_natural and len(lines) == 1:
-        runs = sum(lines.values())
-        caption += f" All {runs} natural runs agree." if runs > 1 else " One natural run."
-    if not is_natural:
+    if len(courses) > 1:
+        _key(axes)
+    elif len(runs) > 1:
+        caption += f" All {len(runs)} runs took the same course."
+    if not natural:
         caption += " Steps were forced: no natural run went well."
     return caption, f"Line plot of accepted positions over steps. {caption}"
 
 
 def _paint_memory(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
-    runs = [record for record in _of_pass(records, "memory") if record["memory"]]
+    runs = [r for r in _of_pass(records, "memory") if memory_series(r, "rss_bytes")]
     if not runs:
         raise NothingToDraw("No run of the memory pass left a memory sample.")
     axes = figure.subplots()
     for (name, label), (index, colour) in zip(_MEMORY, _colours(len(_MEMORY)), strict=True):
         for number, record in enumerate(runs):
-            points = [
-                (sample["t_ms"] / 1000, sample[name] / 2**20)
-                for sample in record["memory"]
-                if isinstance(sample.get(name), (int, float))
-            ]
+            points = memory_series(record, name)
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), color=colour, linestyle=("-", "--")[index == 1],
+                    [t_s for t_s, _ in points], [found / 2**20 for _, found in points], color=colour, linestyle=("-", "--")[index == 1],
                     label=label if number == 0 else None,
                 )  # fmt: skip
     axes.set(xlabel="s since the process began", ylabel="MiB")
@@ -306,6 +299,7 @@ def _paint_sensors(figure: Figure, records: Sequence[Record]) -> tuple[str, str]
     if not has_heat and not has_clock:
         raise NothingToDraw("This device shows neither temperatures nor clocks to the shell.")
     rows = has_heat + has_clock
+    figure.set_size_inches(WIDTH_IN, HEIGHT_IN * (0.6 + 0.4 * rows))
     all_axes = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
     captions = []
     if has_heat:

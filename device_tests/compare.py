@@ -1,0 +1,413 @@
+"""Two sets of runs side by side: the ratio of each metric's medians with its interval.
+
+It refuses runs that were made under different conditions, except for what is named as different on
+purpose. What a metric is, and which repeats there are, is `metrics.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from device_tests import plain_text
+from device_tests.configuration import (
+    CONDITIONS,
+    Record,
+    canonical,
+    condition_of,
+    leaves,
+)
+from device_tests.metrics import METRICS, Metric, percentile, value
+from device_tests.plain_text import markdown, plain
+from quantize.errors import UserError
+
+MINIMUM_REPEATS = 3
+"""Of each side, for an interval."""
+
+NOMINAL_REPEATS = 6
+"""With fewer, not even the whole range of the repeats holds the median in 95 % of cases: it does in
+1 - 2 * 0.5**n, which is 93.75 % for 5."""
+
+LEVEL = 0.95
+RESAMPLES = 9999
+_SEED = 20250117
+_NO_RATIO = ("°C", "mA")
+"""Units in which twice as much is not twice the number, or a sign is only a convention."""
+
+Verdict = Literal["better", "worse", "higher", "lower", "no difference seen", "not known"]
+
+
+class CompareRefused(UserError):
+    """Two sets of runs whose numbers may not be set side by side."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side has of one metric: each repeat's number, and the failed runs of its passes."""
+
+    repeats: tuple[float, ...]
+    failed: int
+
+    @property
+    def median(self) -> float | None:
+        """Median over the repeats."""
+        return percentile(self.repeats, 50)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric on both sides.
+
+    ratio: median of B by median of A. interval: 95 %, None where there is none, and then `why` says
+    so. verdict: how B stands to A, told only where the interval excludes 1.
+    """
+
+    metric: Metric
+    a: Side
+    b: Side
+    ratio: float | None
+    interval: tuple[float, float] | None
+    verdict: Verdict
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A condition that is not the same: what A has, what B has, as text."""
+
+    leaf: str
+    a: str
+    b: str
+
+    @property
+    def sentence(self) -> str:
+        """Name and both values."""
+        return f"{plain(self.leaf, 80)} is {self.a} in A and {self.b} in B"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that two sets of runs say together; `across` differs on purpose."""
+
+    rows: tuple[Row, ...]
+    across: tuple[str, ...]
+    differences: tuple[Difference, ...]
+    runs: tuple[int, int]
+    failed: tuple[int, int]
+    failures: tuple[tuple[str, str, str, str], ...]
+    """Side, run, reason and sentence of each run that failed."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the intervals."""
+        notes = [
+            f"ratio: median of B by median of A, each over repeats; interval: {LEVEL:.0%}, "
+            f"percentile bootstrap of the ratio, {RESAMPLES} resamples of whole repeats"
+        ]
+        counts = [
+            min(len(row.a.repeats), len(row.b.repeats))
+            for row in self.rows
+            if row.interval is not None
+        ]
+        if counts and min(counts) < NOMINAL_REPEATS:
+            notes.append(
+                f"with fewer than {NOMINAL_REPEATS} repeats a side (here {min(counts)}) the "
+                "interval holds the true ratio less often than its name says"
+            )
+        compared = sum(row.interval is not None for row in self.rows)
+        if compared > 1:
+            notes.append(
+                f"{compared} intervals are shown: about one in twenty excludes 1 by chance alone"
+            )
+        return tuple(notes)
+
+
+def compare(
+    records_a: Iterable[Record], records_b: Iterable[Record], across: Iterable[str] = ()
+) -> Comparison:
+    """Set B beside A, metric by metric.
+
+    across: names of CONDITIONS that differ on purpose. Raises CompareRefused for a name that is
+    not one, for a side without runs, and, naming each condition with both values, for any other
+    condition that differs between the sides or within one.
+    """
+    a, b = list(records_a), list(records_b)
+    across = tuple(across)
+    unknown = [name for name in across if name not in CONDITIONS]
+    if unknown:
+        raise CompareRefused(
+            f"{', '.join(plain(name, 60) for name in unknown)} is no condition that may differ; "
+            f"the conditions are {', '.join(CONDITIONS)}"
+        )
+    for name, records in (("A", a), ("B", b)):
+        if not records:
+            raise CompareRefused(f"{name} has no runs to compare; give a results file with some")
+    differences = _differences(a, b)
+    refused = [found for found in differences if condition_of(found.leaf) not in across]
+    if refused:
+        names = sorted({condition_of(found.leaf) for found in refused})
+        raise CompareRefused(
+            "the runs were made under different conditions: "
+            f"{'; '.join(found.sentence for found in refused)}; choose runs that agree, or say "
+            f"that they differ on purpose with across {','.join(names)}"
+        )
+    rows = tuple(row for metric in METRICS if (row := _row(metric, a, b)) is not None)
+    return Comparison(
+        rows,
+        across,
+        tuple(differences),
+        (len(a), len(b)),
+        (_failed(a), _failed(b)),
+        tuple(
+            (side, f"{r['pass']} {r['repeat']}", r["failure"]["reason"],
+             plain(r["failure"]["sentence"], 4000))
+            for side, records in (("A", a), ("B", b))
+            for r in records
+            if r["status"] != "ok"
+        ),
+    )  # fmt: skip
+
+
+def _failed(records: Sequence[Record]) -> int:
+    return sum(record["status"] != "ok" for record in records)
+
+
+def _differences(a: Sequence[Record], b: Sequence[Record]) -> list[Difference]:
+    """The conditions that differ, pass by pass for passes that both sides have.
+
+    Each pass has its own workload, and only runs that went well give numbers; where a side has
+    none of a pass, its failed ones are looked at.
+    """
+    found: dict[str, Difference] = {}
+    by_pass_a, by_pass_b = _by_pass(a), _by_pass(b)
+    shared = [name for name in by_pass_a if name in by_pass_b]
+    if not shared:
+        raise CompareRefused(
+            f"A has the passes {', '.join(by_pass_a)}, and B {', '.join(by_pass_b)}; give results "
+            "with a pass in common"
+        )
+    for name in shared:
+        values_a, values_b = _values(by_pass_a[name]), _values(by_pass_b[name])
+        for leaf in [*values_a, *(leaf for leaf in values_b if leaf not in values_a)]:
+            one, other = values_a.get(leaf, {}), values_b.get(leaf, {})
+            if len(one) != 1 or one.keys() != other.keys():
+                found.setdefault(leaf, Difference(leaf, _show(leaf, one), _show(leaf, other)))
+    return list(found.values())
+
+
+def _by_pass(records: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["pass"], []).append(record)
+    return {
+        name: [record for record in runs if record["status"] == "ok"] or runs
+        for name, runs in found.items()
+    }
+
+
+def _values(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """leaf -> canonical text -> value, over the records; a leaf that one lacks is told as None."""
+    all_leaves = [leaves(record) for record in records]
+    names = dict.fromkeys(name for found in all_leaves for name in found)
+    return {
+        name: {canonical(found.get(name)): found.get(name) for found in all_leaves}
+        for name in names
+    }
+
+
+def _show(leaf: str, values: dict[str, Any]) -> str:
+    shown = [plain_text.condition(leaf, found) for found in values.values()]
+    return " or ".join(text if len(text) <= 120 else text[:120] + "…" for text in shown) or "absent"
+
+
+def _row(metric: Metric, a: Sequence[Record], b: Sequence[Record]) -> Row | None:
+    sides = _side(metric, a), _side(metric, b)
+    if not any(side.repeats for side in sides):
+        return None
+    ratio, interval, why = _ratio(metric, *sides)
+    return Row(metric, *sides, ratio, interval, _verdict(metric, interval), why)
+
+
+def _side(metric: Metric, records: Sequence[Record]) -> Side:
+    numbers = [number for r in records if (number := value(metric, r)) is not None]
+    failed = sum(r["status"] != "ok" and r["pass"] in metric.passes for r in records)
+    return Side(tuple(numbers), failed)
+
+
+def _ratio(
+    metric: Metric, a: Side, b: Side
+) -> tuple[float | None, tuple[float, float] | None, str]:
+    if metric.unit in _NO_RATIO:
+        return None, None, f"a ratio of {metric.unit} means nothing"
+    if not a.repeats or not b.repeats:
+        return None, None, f"{'B' if a.repeats else 'A'} has no number"
+    if min(a.repeats) <= 0:
+        if min(*a.repeats, *b.repeats) == max(*a.repeats, *b.repeats):
+            return None, None, "all are 0"
+        return None, None, "A is not above 0"
+    ratio = b.median / a.median
+    fewest = min(len(a.repeats), len(b.repeats))
+    if fewest < MINIMUM_REPEATS:
+        return ratio, None, f"{MINIMUM_REPEATS} repeats a side needed, there are {fewest}"
+    return ratio, ratio_interval(a.repeats, b.repeats), ""
+
+
+def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of median(b) / median(a), always the same."""
+    # Imported here: scipy.stats takes a second that `--help` need not pay.
+    from scipy.stats import bootstrap
+
+    def statistic(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.median(other, axis=axis) / np.median(one, axis=axis)
+
+    interval = bootstrap(
+        (np.asarray(a, dtype=float), np.asarray(b, dtype=float)),
+        statistic,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _verdict(metric: Metric, interval: tuple[float, float] | None) -> Verdict:
+    if interval is None:
+        return "not known"
+    low, high = interval
+    if low <= 1 <= high:
+        return "no difference seen"
+    rises = low > 1
+    if metric.direction == "none":
+        return "higher" if rises else "lower"
+    return "better" if rises == (metric.direction == "higher") else "worse"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    unit = row.metric.unit
+    interval = row.why if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
+    return (
+        row.metric.title,
+        _side_cell(row.a, unit),
+        _side_cell(row.b, unit),
+        "-" if row.ratio is None else f"{row.ratio:.3f}",
+        interval,
+        "" if row.verdict == "not known" else row.verdict,
+    )
+
+
+def _side_cell(side: Side, unit: str) -> str:
+    failed = f", {side.failed} failed" if side.failed else ""
+    return f"{plain_text.quantity(side.median, unit)} ({len(side.repeats)}{failed})"
+
+
+_HEADINGS = ("metric", "A: median (runs)", "B: median (runs)", "B / A", "95 % interval", "B is")
+
+
+def _summary(comparison: Comparison) -> str:
+    (runs_a, runs_b), (failed_a, failed_b) = comparison.runs, comparison.failed
+    return f"A: {runs_a} runs, {failed_a} failed; B: {runs_b} runs, {failed_b} failed"
+
+
+def to_rich(comparison: Comparison) -> Any:
+    """The comparison for a terminal: one renderable of rich, readable at a width of 100."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for index, heading in enumerate(_HEADINGS):
+        table.add_column(
+            heading,
+            justify="right" if 0 < index < 5 else "left",
+            style="cyan" if index == 0 else "",
+            overflow="fold",
+        )
+    styles = {"better": "green", "worse": "red"}
+    for row in comparison.rows:
+        *cells, verdict = _cells(row)
+        table.add_row(*map(Text, cells), Text(verdict, style=styles.get(row.verdict, "")))
+    shown: list[Any] = [Text(_summary(comparison))]
+    shown += [
+        Text(f"on purpose: {found.sentence}", style="yellow") for found in comparison.differences
+    ]
+    shown.append(table)
+    shown += [
+        Text(f"failed: {side} {run}: {reason}: {sentence}", style="red")
+        for side, run, reason, sentence in comparison.failures
+    ]
+    shown += [Text(note, style="dim") for note in comparison.notes]
+    return Group(*shown)
+
+
+def to_text(comparison: Comparison, width: int = 100) -> str:
+    """The comparison as plain text of at most `width` columns, without colours."""
+    from rich.console import Console
+
+    console = Console(width=width, highlight=False, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(to_rich(comparison))
+    return capture.get()
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The comparison as Markdown with tables."""
+    lines = [f"{_summary(comparison)}.", ""]
+    if comparison.differences:
+        lines += ["| different on purpose | A | B |", "|---|---|---|"]
+        for found in comparison.differences:
+            cells = map(markdown, (found.leaf, found.a, found.b))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += [f"| {' | '.join(_HEADINGS)} |", "|---|---:|---:|---:|---|---|"]
+    lines += [f"| {' | '.join(map(markdown, _cells(row)))} |" for row in comparison.rows]
+    lines.append("")
+    if comparison.failures:
+        lines += ["| failed run | reason | what happened |", "|---|---|---|"]
+        for side, run, reason, sentence in comparison.failures:
+            cells = map(markdown, (f"{side} {run}", reason, sentence))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += [f"- {markdown(note)}." for note in comparison.notes]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as one JSON document, all numbers exact and finite."""
+    return {
+        "compare": "pocketdiff",
+        "schema_version": 1,
+        "across": list(comparison.across),
+        "differences": [
+            {"condition": plain(found.leaf), "a": found.a, "b": found.b}
+            for found in comparison.differences
+        ],
+        "a": {"runs": comparison.runs[0], "failed": comparison.failed[0]},
+        "b": {"runs": comparison.runs[1], "failed": comparison.failed[1]},
+        "level": LEVEL,
+        "metrics": {
+            row.metric.name: {
+                "unit": row.metric.unit,
+                "a": row.a.median,
+                "b": row.b.median,
+                "a_repeats": list(row.a.repeats),
+                "b_repeats": list(row.b.repeats),
+                "a_failed": row.a.failed,
+                "b_failed": row.b.failed,
+                "ratio": row.ratio,
+                "interval": None if row.interval is None else list(row.interval),
+                "verdict": row.verdict,
+                "why": row.why,
+            }
+            for row in comparison.rows
+        },
+        "failures": [
+            {"side": side, "run": run, "reason": reason, "sentence": sentence}
+            for side, run, reason, sentence in comparison.failures
+        ],
+        "notes": list(comparison.notes),
+    }
