@@ -61,8 +61,8 @@ def _faults(pid: int | str) -> tuple[int | None, int | None]:
 def watch(pid: int, began_s: float, interval_ms: int, events_file: str) -> None:
     """Append a `memory` event to `events_file` every `interval_ms` until the parent `pid` ends.
 
-    began_s: when the process began, on the clock of time.monotonic. Raises OSError if the file
-    cannot be written.
+    began_s: when the process began, on the clock of time.monotonic. A full disk ends it quietly:
+    the runner meets it too. Raises OSError if the file cannot be opened.
     """
     descriptor = os.open(events_file, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     due_s = time.monotonic()
@@ -72,11 +72,23 @@ def watch(pid: int, began_s: float, interval_ms: int, events_file: str) -> None:
         if fields["rss_bytes"] is None:
             return
         line = json.dumps({"event": "memory", "t_ms": t_ms} | fields, separators=(",", ":"))
-        os.write(descriptor, line.encode("ascii") + b"\n")
+        if not _append(descriptor, line.encode("ascii") + b"\n"):
+            return
         # What a sample takes is part of the interval; one that came too late is left out.
         due_s = max(due_s + interval_ms / 1000, time.monotonic())
         while os.getppid() == pid and (left_s := due_s - time.monotonic()) > 0:
             time.sleep(min(left_s, _PARENT_CHECK_S))
+
+
+def _append(descriptor: int, line: bytes) -> bool:
+    """Whether the line was written, whole; else the file is as it was."""
+    try:
+        written = os.write(descriptor, line)
+    except OSError:
+        return False
+    if written < len(line):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+    return written == len(line)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -217,7 +217,7 @@ class _Run:
             import export.runtime  # noqa: F401
 
             # What `open_session` imports when it is called: here, or it would count as loading.
-            with captured_stderr():
+            with captured_stderr():  # it tells how it counted the cores
                 import executorch.kernels.quantized  # noqa: F401
                 from executorch.extension.pybindings import _C  # noqa: F401
 
@@ -381,7 +381,10 @@ class _Run:
 
 
 def run(request_file: Path, thermal_folder: Path = THERMAL_FOLDER) -> int:
-    """Do what the request says, in this process, which can do it once; returns the exit code."""
+    """Do what the request says in this process; returns the exit code.
+
+    A memory limit of the request stays in force afterwards.
+    """
     folder = request_file.parent
     try:
         if (folder / RESULT_FILE).exists():
@@ -392,20 +395,19 @@ def run(request_file: Path, thermal_folder: Path = THERMAL_FOLDER) -> int:
         _say(f"{folder}: {what}; give each run a folder of its own that can be written")
         return EXIT_FAILED
     current = _Run(events, thermal_folder)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, current.cancel)
     failure = None
-    try:
-        _reserve_result(folder)
-        current.work(request_file)
-    except Exception as error:
-        failure = _failure(error, current.limit_bytes)
-    try:
-        current.end_sampling()
-        current.measure_end()
-        failure = _finish(current, folder, failure)
-    except Exception as error:  # not even a small result can be written
-        failure = failure or _failure(error, current.limit_bytes)
+    with _handling_signals(current.cancel):
+        try:
+            _reserve_result(folder)
+            current.work(request_file)
+        except Exception as error:
+            failure = _failure(error, current.limit_bytes)
+        try:
+            current.end_sampling()
+            current.measure_end()
+            failure = _finish(current, folder, failure)
+        except Exception as error:  # not even a small result can be written
+            failure = failure or _failure(error, current.limit_bytes)
     try:
         if failure is None:
             events("done")
@@ -417,6 +419,16 @@ def run(request_file: Path, thermal_folder: Path = THERMAL_FOLDER) -> int:
     finally:
         events.close()
     return EXIT_OK if failure is None else EXIT_FAILED
+
+
+@contextmanager
+def _handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    before = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def read_temperatures(folder: Path = THERMAL_FOLDER) -> dict[str, float]:
@@ -612,7 +624,11 @@ def main() -> None:
         prog="runner", description="Run one request of the runner protocol (docs/runner.md)."
     )
     parser.add_argument("request", type=Path, help="request.json in the run's own folder")
-    sys.exit(run(parser.parse_args().request))
+    code = run(parser.parse_args().request)
+    # All is on the disk. PyTorch takes most of a second to be taken down, which nobody waits for.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ def event_line(event: str, t_ms: float, fields: Mapping[str, Any]) -> bytes:
 
     Raises RunnerProtocolError for a line over the limit.
     """
-    line = _dump({"event": event, "t_ms": round(t_ms, 3)} | dict(fields), f"the event {event!r}")
+    document = {"event": event, "t_ms": round(t_ms, 3)} | _finite(fields)
+    line = _dump(document, f"the event {event!r}")
     if len(line) >= MAXIMUM_LINE_BYTES:
         raise RunnerProtocolError(
             f"the event {event!r} has {len(line)} bytes, at most {MAXIMUM_LINE_BYTES} are read"
@@ -200,7 +201,7 @@ def result_bytes(result: Mapping[str, Any]) -> bytes:
 
     Raises RunnerProtocolError for a result over the limit.
     """
-    content = _dump(result, "the result") + b"\n"
+    content = _dump(_finite(result), "the result") + b"\n"
     if len(content) > MAXIMUM_RESULT_BYTES:
         raise RunnerProtocolError(
             f"the result has {len(content)} bytes, at most {MAXIMUM_RESULT_BYTES} are read; "
@@ -226,12 +227,13 @@ def _finite(value: Any) -> Any:
 
 
 def _dump(document: Mapping[str, Any], where: str) -> bytes:
-    text = json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    except ValueError as error:  # a number that is not finite, half of a surrogate pair
         raise RunnerProtocolError(
-            f"{where} holds half of a surrogate pair, which is no text; leave it out"
+            f"{where} holds what JSON cannot carry ({sentence(str(error))[:_MAXIMUM_QUOTE]}); "
+            "leave it out"
         ) from error
 
 
