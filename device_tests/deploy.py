@@ -342,8 +342,10 @@ class _Push:
                     self.bytes_missing += sum(piece.end - piece.begin for piece in todo)
                 self._send(file, source, part, todo)
                 self._say("verifying", file, file.bytes)
-                if self._place(file, part):
+                if self._place(file, part) or self._is_right(file, self._target(file)):
                     return
+                if remote_files.sizes_bytes(self._run, [f"{self._final}/{file.name}"]) != [None]:
+                    raise _LookAgain
         raise TransferDamaged(
             f"{file.name} has other bytes on the device {self._transport.serial} than were sent, "
             f"{_REPAIRS} times; try another cable or port, and look for a failing storage"

@@ -57,7 +57,8 @@ class FolderTransport:
         self.commands.append(command)
         try:
             done = subprocess.run(
-                [*self._shell, "-c", command],
+                # `sync` would wait for all that this machine writes.
+                [*self._shell, "-c", f"sync() {{ :; }}; {command}"],
                 capture_output=True,
                 stdin=subprocess.DEVNULL,
                 timeout=timeout_s,
