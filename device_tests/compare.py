@@ -37,7 +37,8 @@ _SEED = 20250117
 _NO_RATIO = ("°C", "mA")
 """Units in which twice as much is not twice the number, or a sign is only a convention."""
 
-Verdict = Literal["better", "worse", "higher", "lower", "no difference seen", "not known"]
+Verdict = Literal["better", "worse", "higher", "lower", "equal", "unclear", "not known"]
+"""How B stands to A; `unclear`: the interval holds 1, `equal`: it holds nothing else."""
 
 
 class CompareRefused(UserError):
@@ -104,7 +105,7 @@ class Comparison:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the intervals."""
         notes = [
-            f"ratio: median of B by median of A, each over repeats; interval: {LEVEL:.0%}, "
+            f"ratio: median of B by median of A, each over repeats; interval: {100 * LEVEL:.0f} %, "
             f"percentile bootstrap of the ratio, {RESAMPLES} resamples of whole repeats"
         ]
         counts = [
@@ -112,11 +113,19 @@ class Comparison:
             for row in self.rows
             if row.interval is not None
         ]
+        if any(row.verdict == "unclear" for row in self.rows):
+            notes.append("unclear: the interval holds 1")
         if counts and min(counts) < NOMINAL_REPEATS:
             notes.append(
                 f"with fewer than {NOMINAL_REPEATS} repeats a side (here {min(counts)}) the "
                 "interval holds the true ratio less often than its name says"
             )
+        if any(row.ratio is not None and row.interval is None for row in self.rows):
+            notes.append(
+                f"no interval and no verdict with fewer than {MINIMUM_REPEATS} runs a side"
+            )
+        if any(row.metric.unit in _NO_RATIO for row in self.rows):
+            notes.append(f"no ratio is formed of {' and '.join(_NO_RATIO)}: it would mean nothing")
         compared = sum(row.interval is not None for row in self.rows)
         if compared > 1:
             notes.append(
@@ -241,17 +250,17 @@ def _ratio(
     metric: Metric, a: Side, b: Side
 ) -> tuple[float | None, tuple[float, float] | None, str]:
     if metric.unit in _NO_RATIO:
-        return None, None, f"a ratio of {metric.unit} means nothing"
+        return None, None, f"none of {metric.unit}"
     if not a.repeats or not b.repeats:
         return None, None, f"{'B' if a.repeats else 'A'} has no number"
     if min(a.repeats) <= 0:
         if min(*a.repeats, *b.repeats) == max(*a.repeats, *b.repeats):
             return None, None, "all are 0"
-        return None, None, "A is not above 0"
+        return None, None, "A is 0 or less"
     ratio = b.median / a.median
     fewest = min(len(a.repeats), len(b.repeats))
     if fewest < MINIMUM_REPEATS:
-        return ratio, None, f"{MINIMUM_REPEATS} repeats a side needed, there are {fewest}"
+        return ratio, None, "too few runs"
     return ratio, ratio_interval(a.repeats, b.repeats), ""
 
 
@@ -280,7 +289,7 @@ def _verdict(metric: Metric, interval: tuple[float, float] | None) -> Verdict:
         return "not known"
     low, high = interval
     if low <= 1 <= high:
-        return "no difference seen"
+        return "equal" if low == high else "unclear"
     rises = low > 1
     if metric.direction == "none":
         return "higher" if rises else "lower"
@@ -288,24 +297,23 @@ def _verdict(metric: Metric, interval: tuple[float, float] | None) -> Verdict:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    unit = row.metric.unit
     interval = row.why if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
     return (
         row.metric.title,
-        _side_cell(row.a, unit),
-        _side_cell(row.b, unit),
+        plain_text.quantity(row.a.median, row.metric.unit),
+        plain_text.quantity(row.b.median, row.metric.unit),
+        f"{_count(row.a)}, {_count(row.b)}",
         "-" if row.ratio is None else f"{row.ratio:.3f}",
         interval,
         "" if row.verdict == "not known" else row.verdict,
     )
 
 
-def _side_cell(side: Side, unit: str) -> str:
-    failed = f", {side.failed} failed" if side.failed else ""
-    return f"{plain_text.quantity(side.median, unit)} ({len(side.repeats)}{failed})"
+def _count(side: Side) -> str:
+    return f"{len(side.repeats)} (+{side.failed} failed)" if side.failed else f"{len(side.repeats)}"
 
 
-_HEADINGS = ("metric", "A: median (runs)", "B: median (runs)", "B / A", "95 % interval", "B is")
+_HEADINGS = ("metric", "A", "B", "runs A, B", "B / A", "95 % interval", "B is")
 
 
 def _summary(comparison: Comparison) -> str:
@@ -319,11 +327,11 @@ def to_rich(comparison: Comparison) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for index, heading in enumerate(_HEADINGS):
         table.add_column(
             heading,
-            justify="right" if 0 < index < 5 else "left",
+            justify="right" if 0 < index < 6 else "left",
             style="cyan" if index == 0 else "",
             overflow="fold",
         )
@@ -363,7 +371,7 @@ def to_markdown(comparison: Comparison) -> str:
             cells = map(markdown, (found.leaf, found.a, found.b))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    lines += [f"| {' | '.join(_HEADINGS)} |", "|---|---:|---:|---:|---|---|"]
+    lines += [f"| {' | '.join(_HEADINGS)} |", "|---|---:|---:|---:|---:|---:|---|"]
     lines += [f"| {' | '.join(map(markdown, _cells(row)))} |" for row in comparison.rows]
     lines.append("")
     if comparison.failures:

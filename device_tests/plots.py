@@ -275,11 +275,11 @@ def _paint_memory(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     for (name, label), (index, colour) in zip(_MEMORY, _colours(len(_MEMORY)), strict=True):
         for number, record in enumerate(runs):
             points = memory_series(record, name)
-            if points:
-                axes.plot(
-                    [t_s for t_s, _ in points], [found / 2**20 for _, found in points], color=colour, linestyle=("-", "--")[index == 1],
-                    label=label if number == 0 else None,
-                )  # fmt: skip
+            times, sizes = zip(*points, strict=True) if points else ((), ())
+            axes.plot(
+                times, [size / 2**20 for size in sizes], color=colour,
+                linestyle=("-", "--")[index == 1], label=label if number == 0 else None,
+            )  # fmt: skip
     axes.set(xlabel="s since the process began", ylabel="MiB")
     axes.set_ylim(bottom=0)
     _key(axes, 4)
