@@ -280,8 +280,7 @@ class DirectTransport:
                 f"a port of {self.serial} cannot be forwarded over direct USB, which allows one "
                 "connection only: start the adb server and use the device through it"
             )
-        if self._closed:
-            raise DeviceError(f"the connection to {self.serial} was closed: open it again")
+        self._refuse_closed()
         with _Forwarder(lambda: self._connected(self._timeout_s), remote) as forwarder:
             yield forwarder.port
 
@@ -289,6 +288,7 @@ class DirectTransport:
         """Wait until the same device answers again."""
         deadline = _Deadline(timeout_s)
         with self._lock:
+            self._refuse_closed()
             self._drop()
             while True:
                 try:
@@ -366,8 +366,7 @@ class DirectTransport:
     def _call(self) -> Iterator[_Link]:
         """The connection for one call; one that breaks off in it is closed."""
         with self._lock:
-            if self._closed:
-                raise DeviceError(f"the connection to {self.serial} was closed: open it again")
+            self._refuse_closed()
             if self._link is None:
                 self._link = self._connected(self._timeout_s)
             try:
@@ -388,6 +387,10 @@ class DirectTransport:
                 f"{self.serial} moved nothing for {self._stall_s:g} s while {what}: check the "
                 "cable or the network and go on"
             ) from error
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise DeviceError(f"the connection to {self.serial} was closed: open it again")
 
     def _drop(self) -> None:
         link, self._link = self._link, None

@@ -87,7 +87,7 @@ class AdbDouble:
             for child in self._children:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-            await asyncio.gather(*(child.wait() for child in self._children))
+                child._transport.close()  # its pipes may be full, then wait() would not end
 
         thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
         thread.start()
