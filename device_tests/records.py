@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from quantize.errors import OutputError, UserError
 
 SCHEMA_VERSION = 1
-MAXIMUM_LINE_BYTES = 64 * 2**20
+MAXIMUM_LINE_BYTES = 256 * 2**20
 
 Pass = Literal["cold", "warm_up", "speed", "natural", "memory"]
 """Why a run was made: load from storage, first run, forced steps, free steps, memory sampling."""

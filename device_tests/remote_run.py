@@ -191,22 +191,25 @@ class RemoteRun:
             failure = Failure("internal", f"the runner broke its protocol: {error}")
         return self._outcome(None, failure)
 
-    def kill(self) -> None:
+    def kill(self, gone_s: float | None = None) -> None:
         """End the run with every process it has begun; nothing happens if it has ended.
 
-        Raises DeviceGone if the device cannot be told.
+        Raises a DeviceError if the device cannot be told for `gone_s`, by default that of `start`.
         """
         # The group's number stays taken as long as one of its processes lives, so it is ours if its
         # first process is ours or gone.
         command = (
             f"cd {quote(self.folder)} 2>/dev/null || exit 0\n"
-            "p= s=\n{ read -r p t b <pid; } 2>/dev/null\n"
+            "p= s=\n"
+            "[ ! -d started ] || [ -f pid ] || sleep 1\n"  # it has just been begun
+            "{ read -r p t b <pid; } 2>/dev/null\n"
             '[ -n "$p" ] && [ "$p" -gt 1 ] || exit 0\n'
             "{ read -r s </proc/$p/stat; } 2>/dev/null\n"
             'if [ -n "$s" ]; then set -- ${s##*) }; [ "${20}" = "$t" ] || exit 0; fi\n'
             "kill -9 -$p 2>/dev/null\n:\n"
         )
-        patiently(self.transport, lambda: self.transport.shell(command), self._gone_s)
+        patience_s = self._gone_s if gone_s is None else gone_s
+        patiently(self.transport, lambda: self.transport.shell(command), patience_s)
 
     def remove(self) -> None:
         """Remove the run's folder from the device."""

@@ -1,0 +1,670 @@
+"""The measurement protocol: which runs are made, when each may begin, what is recorded of it.
+
+How a run is started and followed is `remote_run`'s, what the numbers mean `metrics`'. Every run
+that was begun leaves a record, whatever became of it, and so does one that the heat prevented.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from device_tests import conditions, records, remote_run, sensors
+from device_tests.deploy import Deployment
+from device_tests.device_lock import DeviceLock
+from device_tests.errors import CommandTimeout, DeviceBusy, DeviceGone, ProtocolError, StorageFull
+from device_tests.records import PASSES, Pass, Reason, Record
+from device_tests.remote_run import Failure, Interrupted, Runner, RunOutcome, Sample, patiently
+from device_tests.remote_shell import run_checked
+from device_tests.transport import Transport
+from export import philox
+from export.bundle import Bundle, Manifest
+from export.runner_protocol import RunnerProtocolError, RunRequest
+from quantize.errors import DeviceError, InputError
+
+PROMPT_STREAM = 2
+"""Philox stream of random prompts; the sampler's are 0 and 1."""
+
+DEFAULT_PROMPT_TOKENS = 32
+
+_ENDING: frozenset[Reason] = frozenset(
+    {"device_gone", "runner_missing", "bundle_refused", "storage_full"}
+)
+"""Failures after which no other run can go well."""
+
+_THERMAL_ATTEMPTS = 2
+"""Time-outs of the gate in a row after which the device will not cool down."""
+
+_INTERRUPT_S = 5.0
+"""How long Ctrl-C looks for a lost device to kill what runs there."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What to measure; the runs are made in the order of threads, then of `PASSES`, then repeats.
+
+    cold: the bundle is loaded from storage. warm_up: as speed, kept apart. speed: a fixed number of
+    steps. natural: as many steps as the sampler takes. memory: as speed, memory sampled beside it.
+
+    threads: None is the runtime's choice. prompt_text: for the natural pass (of a bundle with a
+    tokenizer); every other prompt is `prompt_tokens` random tokens, by default 32 or what fits.
+    force_steps: denoising steps of every canvas, except in the natural pass. max_temperature_c: a
+    run begins only under it; after `gate_timeout_s` of waiting it is recorded as failed. hang_s:
+    a run is killed after so long without an event. gone_s: how long a lost device is waited for.
+    Raises InputError for a value out of range.
+    """
+
+    passes: Mapping[str, int] = field(
+        default_factory=lambda: {"cold": 1, "warm_up": 1, "speed": 5, "natural": 3, "memory": 1}
+    )
+    threads: Sequence[int | None] = (None,)
+    prompt_text: str | None = None
+    prompt_tokens: int | None = None
+    canvases: int = 1
+    force_steps: int = 16
+    warmup_steps: int = 2
+    seed: int = 0
+    settings: Mapping[str, float] | None = None
+    max_temperature_c: float = 45.0
+    gate_timeout_s: float = 300.0
+    hang_s: float = 120.0
+    poll_s: float = 1.0
+    gone_s: float = 60.0
+    memory_interval_ms: int = 50
+    memory_limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, count in self.passes.items():
+            if name not in PASSES:
+                raise InputError(f"there is no pass {name!r}; give some of {', '.join(PASSES)}")
+            _whole(f"the repeats of the pass {name}", count, 0, 10_000)
+        if not any(self.passes.values()):
+            raise InputError("the plan has no run; give a pass at least one repeat")
+        if not self.threads or len(set(self.threads)) != len(self.threads):
+            raise InputError(f"threads is {list(self.threads)}; give each number of threads once")
+        for threads in self.threads:
+            if threads is not None:
+                _whole("threads", threads, 1, 1024)
+        if self.prompt_text is not None and not self.prompt_text.strip():
+            raise InputError("prompt_text is empty; give a text, or none")
+        if self.prompt_tokens is not None:
+            _whole("prompt_tokens", self.prompt_tokens, 1, 2**20)
+        _whole("canvases", self.canvases, 1, 2**20)
+        _whole("force_steps", self.force_steps, 1, 2**20)
+        _whole("warmup_steps", self.warmup_steps, 0, 2**20)
+        _whole("seed", self.seed, 0, 2**64 - 1)
+        _whole("memory_interval_ms", self.memory_interval_ms, 1, 60_000)
+        if self.memory_limit_bytes is not None:
+            _whole("memory_limit_bytes", self.memory_limit_bytes, 1, 2**60)
+        _real("max_temperature_c", self.max_temperature_c, 0, 120)
+        _real("gate_timeout_s", self.gate_timeout_s, 0, 86_400)
+        _real("hang_s", self.hang_s, 0.1, 86_400)
+        _real("poll_s", self.poll_s, 0.01, 60)
+        _real("gone_s", self.gone_s, 0, 86_400)
+        # A frozen plan should stay as it was checked.
+        object.__setattr__(self, "passes", MappingProxyType(dict(self.passes)))
+        object.__setattr__(self, "threads", tuple(self.threads))
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a plan: number `repeat` of `repeats`, counted from 0, of a pass."""
+
+    threads: int | None
+    pass_: Pass
+    repeat: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class BenchStarted:
+    """The device is locked; `skipped` runs of the plan are in the results already.
+
+    note: what was found on the device, such as the lock of a benchmark that died.
+    """
+
+    bench_id: str
+    device: conditions.Device
+    runs: int
+    skipped: int
+    note: str | None
+
+
+@dataclass(frozen=True)
+class GateWaiting:
+    """The device is too warm for the next run."""
+
+    run: PlannedRun
+    sensor: str
+    temperature_c: float
+    threshold_c: float
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Run `number` (from 1) of `runs` goes; `eta_s` until the end of all, None before the first
+    has ended."""
+
+    run: PlannedRun
+    run_id: str
+    number: int
+    runs: int
+    eta_s: float | None
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """What the runner told: its event as it is."""
+
+    run: PlannedRun
+    event: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ConnectionLost:
+    """The device is being waited for; the run on it goes on."""
+
+    sentence: str
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """A record was written."""
+
+    run: PlannedRun
+    record: Record
+    number: int
+    runs: int
+    eta_s: float | None
+
+
+BenchEvent = BenchStarted | GateWaiting | RunStarted | RunProgress | ConnectionLost | RunEnded
+
+
+@dataclass(frozen=True)
+class BenchOutcome:
+    """What a benchmark wrote; `ended_early` says why runs of the plan were not made."""
+
+    bench_id: str
+    records: tuple[Record, ...]
+    skipped: int
+    ended_early: str | None
+
+    @property
+    def failed(self) -> int:
+        """Records of failed runs."""
+        return sum(record["status"] == "failed" for record in self.records)
+
+
+def bench(
+    transport: Transport,
+    bundle: Bundle,
+    deployment: Deployment,
+    runner: Runner,
+    plan: BenchPlan,
+    results: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    on_event: Callable[[BenchEvent], None] | None = None,
+) -> BenchOutcome:
+    """Make the runs of `plan` with the deployed bundle and append a record of each to `results`.
+
+    resume: runs that are in `results` already and went well, for the same device, bundle and
+    workload, are not made again. Ctrl-C kills the run on the device and gives the device back;
+    what was written stays. Raises DeviceBusy if another benchmark has the device, InputError if
+    the plan does not fit the bundle, RecordError or OutputError for the file, DeviceError if the
+    device cannot be asked in the beginning.
+    """
+    results = Path(results)
+    workloads = {name: workload(plan, name, bundle.manifest) for name in PASSES}
+    earlier = records.read(results) if results.exists() else []
+    bench_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    with DeviceLock(transport, bench_id, gone_s=plan.gone_s) as lock:
+        answer = patiently(
+            transport, lambda: run_checked(transport, conditions.DEVICE_COMMAND), plan.gone_s
+        )
+        device = conditions.parse_device(answer.text, transport.serial)
+        done = _done(earlier, device, deployment) if resume else set()
+        planned = list(_planned(plan))
+        runs = [r for r in planned if _key(r.threads, r.pass_, r.repeat, workloads) not in done]
+        work = _Bench(
+            transport, bundle, deployment, runner, plan, results, lock, device, workloads,
+            on_event or (lambda _: None), len(runs),
+        )  # fmt: skip
+        skipped = len(planned) - len(runs)
+        work.tell(BenchStarted(bench_id, device, len(runs), skipped, lock.note))
+        ended_early = work.make(runs)
+    return BenchOutcome(bench_id, tuple(work.written), skipped, ended_early)
+
+
+def workload(plan: BenchPlan, name: Pass, manifest: Manifest) -> dict[str, Any]:
+    """The workload of a pass as a record has it. Raises InputError if it does not fit the model."""
+    info = manifest.model
+    new_tokens = plan.canvases * info.canvas_length
+    room = info.maximum_context - new_tokens
+    if room < 1:
+        raise InputError(
+            f"{plan.canvases} canvases of {info.canvas_length} tokens leave no room for a prompt "
+            f"in a context of {info.maximum_context}; give fewer canvases"
+        )
+    count = min(DEFAULT_PROMPT_TOKENS, room) if plan.prompt_tokens is None else plan.prompt_tokens
+    if count > room:
+        raise InputError(
+            f"a prompt of {count} tokens and {plan.canvases} canvases of {info.canvas_length} do "
+            f"not fit in a context of {info.maximum_context}; at most {room} prompt tokens do"
+        )
+    natural = name == "natural"
+    text = plan.prompt_text if natural and manifest.tokenizer is not None else None
+    return {
+        "prompt_tokens": count if text is None else None,
+        "prompt_text": text,
+        "max_new_tokens": new_tokens,
+        "seed": plan.seed,
+        "force_steps": None if natural else plan.force_steps,
+        "settings": None if plan.settings is None else dict(plan.settings),
+        # A first run that is warmed up would hide what loading from storage costs.
+        "warmup_steps": 0 if name == "cold" else plan.warmup_steps,
+    }
+
+
+def random_prompt(manifest: Manifest, count: int, seed: int) -> tuple[int, ...]:
+    """`count` token ids, uniform over all that are not special, the same for the same seed."""
+    special = manifest.special_tokens
+    named = {*special.eos, special.pad, special.bos} - {None}
+    ordinary = [i for i in range(min(manifest.model.vocabulary_size, 2**24)) if i not in named]
+    if not ordinary:
+        raise InputError("the bundle's vocabulary has only special tokens; give a prompt as text")
+    drawn = philox.words(seed, 0, 0, PROMPT_STREAM, count).astype(np.uint64)
+    places = (drawn * np.uint64(len(ordinary))) >> np.uint64(32)
+    return tuple(ordinary[int(place)] for place in places)
+
+
+@dataclass
+class _Gate:
+    """The wait for a cool device, and what was read when it ended."""
+
+    threshold_c: float
+    sensor: str | None = None
+    begin_c: float | None = None
+    waited_s: float = 0.0
+    timed_out: bool = False
+    reading: sensors.Reading | None = None
+    clocks: conditions.Clocks = field(default_factory=conditions.Clocks)
+    read_s: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "threshold_c": self.threshold_c,
+            "sensor": self.sensor,
+            "begin_c": self.begin_c,
+            "waited_s": round(self.waited_s, 3),
+            "timed_out": self.timed_out,
+        }
+
+
+class _Bench:
+    """The runs of one benchmark on a device that is locked."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        bundle: Bundle,
+        deployment: Deployment,
+        runner: Runner,
+        plan: BenchPlan,
+        results: Path,
+        lock: DeviceLock,
+        device: conditions.Device,
+        workloads: Mapping[Pass, dict[str, Any]],
+        tell: Callable[[BenchEvent], None],
+        runs: int,
+    ) -> None:
+        self.transport = transport
+        self.bundle = bundle
+        self.deployment = deployment
+        self.runner = runner
+        self.plan = plan
+        self.results = results
+        self.lock = lock
+        self.device = device
+        self.workloads = workloads
+        self.tell = tell
+        self.runs = runs
+        self.written: list[Record] = []
+        self._took_s: list[float] = []
+        self._runner_versions: dict[str, str] = {}
+
+    def make(self, runs: Sequence[PlannedRun]) -> str | None:
+        """Make the runs one after the other; why it ended before the last, or None."""
+        too_hot = 0
+        for number, run in enumerate(runs, 1):
+            began_s = time.monotonic()
+            record = self.make_one(run, number)
+            records.append(self.results, record)
+            self.written.append(record)
+            self._took_s.append(time.monotonic() - began_s)
+            left = len(runs) - number
+            self.tell(RunEnded(run, record, number, self.runs, self._eta_s(left)))
+            reason = record["failure"]["reason"] if record["failure"] else None
+            too_hot = too_hot + 1 if reason == "thermal_timeout" else 0
+            if left and (reason in _ENDING or too_hot == _THERMAL_ATTEMPTS):
+                return (
+                    f"{record['failure']['sentence']}; {left} of {self.runs} runs were not made, "
+                    "resume when that is mended"
+                )
+        return None
+
+    def make_one(self, run: PlannedRun, number: int) -> Record:
+        """The record of one run, whatever becomes of it."""
+        started_at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        threads = "auto" if run.threads is None else run.threads
+        run_id = f"{self.lock.bench_id}-{run.pass_}-t{threads}-{run.repeat}"
+        gate = _Gate(self.plan.max_temperature_c)
+        samples: list[dict[str, Any]] = []
+        outcome = RunOutcome(None, None, (), (), 0)
+        try:
+            self._wait_until_cool(run, gate)
+            if gate.timed_out:
+                failure: Failure | None = self._too_hot(gate)
+            else:
+                self.tell(
+                    RunStarted(run, run_id, number, self.runs, self._eta_s(self.runs - number + 1))
+                )
+                outcome = self._run(run, run_id, gate, samples)
+                failure = outcome.failure
+        except DeviceBusy:
+            raise  # the lock is another benchmark's now
+        except DeviceError as error:
+            failure = _named(error)
+        self._learn_versions(outcome.events)
+        record: Record = {
+            "schema_version": records.SCHEMA_VERSION,
+            "record": "run",
+            "bench_id": self.lock.bench_id,
+            "run_id": run_id,
+            "pass": run.pass_,
+            "repeat": run.repeat,
+            "started_at": started_at,
+            "status": "ok" if failure is None else "failed",
+            "failure": None if failure is None else _failure_json(failure),
+            "conditions": self._conditions(run, gate),
+            "gate": gate.to_json(),
+            "sensors": samples,
+            "result": outcome.result,
+            "memory": [_flat(e) for e in outcome.events if e["event"] == "memory"],
+            "steps": [e for e in outcome.events if e["event"] == "step"],
+            "metrics": {},
+        }
+        # Imported here: the table of metrics brings libraries that a start need not wait for.
+        from device_tests import metrics
+
+        return record | {"metrics": metrics.compute(record)}
+
+    def _wait_until_cool(self, run: PlannedRun, gate: _Gate) -> None:
+        """Look at the hottest sensor until it is under the threshold, or the time is over."""
+        began_s = time.monotonic()
+        while True:
+            self.lock.beat()
+            answer = patiently(
+                self.transport,
+                lambda: run_checked(self.transport, sensors.COMMAND + conditions.CLOCKS_COMMAND),
+                self.plan.gone_s,
+                lambda error: self.tell(ConnectionLost(str(error))),
+            )
+            now = time.monotonic()
+            gate.reading, gate.read_s = sensors.parse(answer.text), now
+            gate.clocks = conditions.parse_clocks(answer.text)
+            gate.waited_s = now - began_s
+            hottest = gate.reading.hottest
+            if hottest is None:
+                return  # recorded: the gate has no sensor
+            gate.sensor, gate.begin_c = hottest
+            if gate.begin_c < gate.threshold_c:
+                return
+            if gate.waited_s >= self.plan.gate_timeout_s:
+                gate.timed_out = True
+                return
+            self.tell(GateWaiting(run, gate.sensor, gate.begin_c, gate.threshold_c, gate.waited_s))
+            time.sleep(min(self.plan.poll_s, self.plan.gate_timeout_s - gate.waited_s))
+
+    def _run(
+        self, run: PlannedRun, run_id: str, gate: _Gate, samples: list[dict[str, Any]]
+    ) -> RunOutcome:
+        """Start the run and see it to its end; sensors go into `samples`."""
+
+        def told(event: remote_run.RunEvent) -> None:
+            if isinstance(event, Interrupted):
+                self.tell(ConnectionLost(event.sentence))
+            elif not isinstance(event, Sample):
+                self.tell(RunProgress(run, event))
+
+        started_s = time.monotonic()
+        try:
+            going = remote_run.start(
+                self.transport, self.runner, self._request(run, run_id), gone_s=self.plan.gone_s
+            )
+            started_s = time.monotonic()
+            outcome = going.follow(
+                told,
+                poll_s=self.plan.poll_s,
+                hang_s=self.plan.hang_s,
+                each_poll=self.lock.beat_command,
+            )
+        except BaseException:
+            self._kill(run_id)
+            raise
+        if gate.reading is not None:
+            samples.append(_sample_json(gate.read_s - started_s, "before", gate.reading))
+        samples += [_sample_json(s.t_s, "during", s.reading) for s in outcome.samples]
+        try:
+            self._finish(going, outcome, samples, started_s)
+        except DeviceError as error:  # the run is over, its record must not suffer
+            _log.warning("after the run %s: %s", run_id, error)
+        return outcome
+
+    def _finish(
+        self,
+        going: remote_run.RemoteRun,
+        outcome: RunOutcome,
+        samples: list[dict[str, Any]],
+        started_s: float,
+    ) -> None:
+        """Read the sensors once more; what failed stays there for whoever wants to look."""
+        if outcome.failure is not None and outcome.failure.reason == "device_gone":
+            return
+        answer = patiently(
+            self.transport, lambda: run_checked(self.transport, sensors.COMMAND), self.plan.gone_s
+        )
+        after = sensors.parse(answer.text)
+        samples.append(_sample_json(time.monotonic() - started_s, "after", after))
+        if outcome.failure is None:
+            patiently(self.transport, going.remove, self.plan.gone_s)
+
+    def _request(self, run: PlannedRun, run_id: str) -> RunRequest:
+        work = self.workloads[run.pass_]
+        count, text = work["prompt_tokens"], work["prompt_text"]
+        return RunRequest(
+            run_id=run_id,
+            bundle=self.deployment.remote_folder,
+            bundle_sha256=self.deployment.bundle_sha256,
+            threads=run.threads,
+            cold=run.pass_ == "cold",
+            warmup_steps=work["warmup_steps"],
+            prompt_text=text,
+            prompt_tokens=None
+            if count is None
+            else random_prompt(self.bundle.manifest, count, self.plan.seed),
+            max_new_tokens=work["max_new_tokens"],
+            seed=work["seed"],
+            force_steps=work["force_steps"],
+            settings=work["settings"],
+            memory_interval_ms=self.plan.memory_interval_ms if run.pass_ == "memory" else None,
+            memory_limit_bytes=self.plan.memory_limit_bytes,
+        )
+
+    def _kill(self, run_id: str) -> None:
+        going = remote_run.RemoteRun(self.transport, run_id, gone_s=_INTERRUPT_S)
+        try:
+            going.kill()
+        except DeviceError as error:
+            _log.warning("the run %s could not be killed: %s", run_id, error)
+
+    def _conditions(self, run: PlannedRun, gate: _Gate) -> dict[str, Any]:
+        manifest = self.bundle.manifest
+        limits = gate.clocks.limits_mhz
+        return {
+            "device": asdict(self.device),
+            "clocks": {
+                "governor": None if gate.clocks.governor is None else dict(gate.clocks.governor),
+                "limits_mhz": None
+                if limits is None
+                else {name: list(pair) for name, pair in limits.items()},
+            },
+            "charging": None if gate.reading is None else gate.reading.charging,
+            "transport": self.transport.kind,
+            "poll_s": self.plan.poll_s,
+            "threads": run.threads,
+            "bundle": {
+                "sha256": self.deployment.bundle_sha256,
+                "name": manifest.model.name[:1000],
+                "family": manifest.model.family,
+                "style": manifest.style,
+                "recipe": recipe_name(manifest),
+                "backend": manifest.backend,
+                "bytes": self.bundle.total_bytes,
+            },
+            "workload": self.workloads[run.pass_],
+            "versions": {"pocket_diffusion": _own_version()} | self._runner_versions,
+        }
+
+    def _learn_versions(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Those of the runner; one that fails before it tells them is the one of the run before."""
+        for event in events:
+            if event["event"] == "started":
+                self._runner_versions = {
+                    sensors.clean(str(name)): sensors.clean(str(version))
+                    for name, version in list(event["versions"].items())[:60]
+                }
+
+    def _too_hot(self, gate: _Gate) -> Failure:
+        return Failure(
+            "thermal_timeout",
+            f"{gate.sensor} was still at {gate.begin_c:.1f} °C after {gate.waited_s:.0f} s, the "
+            f"run begins under {gate.threshold_c:g} °C; cool the device or raise the threshold",
+            {"temperature_c": gate.begin_c, "waited_s": round(gate.waited_s, 1)},
+        )
+
+    def _eta_s(self, left: int) -> float | None:
+        return left * statistics.fmean(self._took_s) if self._took_s else None
+
+
+def recipe_name(manifest: Manifest) -> str | None:
+    """The name of the quantization recipe a bundle was made with, None if it says none."""
+    recipe = manifest.recipe or {}
+    inner = recipe.get("recipe")
+    name = inner.get("name") if isinstance(inner, dict) else recipe.get("name")
+    return name[:1000] if isinstance(name, str) else None
+
+
+def _planned(plan: BenchPlan) -> Iterator[PlannedRun]:
+    for threads in plan.threads:
+        for name in PASSES:
+            repeats = plan.passes.get(name, 0)
+            for repeat in range(repeats):
+                yield PlannedRun(threads, name, repeat, repeats)
+
+
+_Key = tuple[int | None, str, int, str]
+
+
+def _key(threads: int | None, name: Pass, repeat: int, workloads: Mapping[Pass, Any]) -> _Key:
+    return threads, name, repeat, repr(sorted(workloads[name].items()))
+
+
+def _done(
+    earlier: Sequence[Record], device: conditions.Device, deployment: Deployment
+) -> set[_Key]:
+    """The runs that went well, on this device with this bundle."""
+    return {
+        (c["threads"], record["pass"], record["repeat"], repr(sorted(c["workload"].items())))
+        for record in earlier
+        if record["status"] == "ok"
+        and (c := record["conditions"])["bundle"]["sha256"] == deployment.bundle_sha256
+        and _identity(c["device"]) == _identity(asdict(device))
+    }
+
+
+def _identity(device: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A device over its restarts; one on the network may have another port each time."""
+    host, colon, port = device["serial"].rpartition(":")
+    serial = host if colon and port.isdigit() else device["serial"]
+    return serial, device["model"], device["soc"], device["abi"], device["memory_bytes"]
+
+
+def _named(error: DeviceError) -> Failure:
+    """The failure of a run that could not be begun, or not be finished with."""
+    reason: Reason = "internal"
+    if isinstance(error, DeviceGone | CommandTimeout | ProtocolError):
+        reason = "device_gone"
+    elif isinstance(error, StorageFull):
+        reason = "storage_full"
+    elif isinstance(error, RunnerProtocolError):
+        reason = "input"
+    return Failure(reason, str(error), {"error": type(error).__name__})
+
+
+def _failure_json(failure: Failure) -> dict[str, Any]:
+    return {
+        "reason": failure.reason,
+        "sentence": failure.sentence[:4000],
+        "evidence": dict(failure.evidence),
+    }
+
+
+def _sample_json(t_s: float, phase: str, reading: sensors.Reading) -> dict[str, Any]:
+    return {
+        "t_s": round(t_s, 3),
+        "phase": phase,
+        "temperature_c": dict(reading.temperature_c),
+        "cpu_mhz": dict(reading.cpu_mhz),
+        "battery": None if reading.battery is None else asdict(reading.battery),
+    }
+
+
+def _flat(event: Mapping[str, Any]) -> dict[str, Any]:
+    """A memory event as records hold it: numbers and words only."""
+    return {k: v for k, v in event.items() if v is None or type(v) in (int, float, str)}
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("pocket-diffusion")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _whole(name: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}; give a whole number from {least} to {most}")
+
+
+def _real(name: str, value: object, least: float, most: float) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fits or not math.isfinite(value) or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}; give a number from {least:g} to {most:g}")
