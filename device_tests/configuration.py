@@ -6,7 +6,6 @@ What is measured under them is `metrics.py`; how they came to be known is the be
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,13 +32,15 @@ MAY_VARY = frozenset({"charging", "clocks"})
 """Conditions that a device changes by itself: they do not split a configuration, they are named."""
 
 _SYSTEM = frozenset({"build", "kernel", "android_sdk"})
-_BY_PASS = frozenset({"workload.force_steps", "workload.warmup_steps"})
-_LOOPBACK = re.compile(r"^(127\.\d+\.\d+\.\d+|localhost|\[::1\]):\d+$")
+_OF_EVERY_PASS = ("max_new_tokens", "seed", "settings")
+_REFERENCE = ("speed", "warm_up", "memory", "cold", "natural")
+"""Passes in the order in which one stands for the workload of its configuration."""
 
 
-def loopback_serial(serial: str) -> str:
-    """The serial as an identity: a device on loopback has another port each time it is started."""
-    return "loopback" if _LOOPBACK.match(serial) else serial
+def device_serial(serial: str) -> str:
+    """The serial as an identity: a device on the network may have another port each time."""
+    host, colon, port = serial.rpartition(":")
+    return host if colon and port.isdigit() else serial
 
 
 def leaves(record: Record) -> dict[str, Any]:
@@ -60,9 +61,8 @@ def condition_of(leaf: str) -> str:
 
 def _parts(record: Record) -> Iterator[tuple[str, Any]]:
     conditions = record["conditions"]
-    device = dict(conditions["device"]) | {
-        "serial": loopback_serial(conditions["device"]["serial"])
-    }
+    device = dict(conditions["device"])
+    device["serial"] = device_serial(device["serial"])
     yield "device", {key: value for key, value in device.items() if key not in _SYSTEM}
     yield "build", {key: value for key, value in device.items() if key in _SYSTEM}
     for name in ("clocks", "charging", "transport"):
@@ -83,32 +83,48 @@ def canonical(value: Any) -> str:
 class Configuration:
     """Runs under the same conditions, in the order in which they were made.
 
-    `varied` has the conditions that the device changed between them: leaf -> value -> runs.
+    Each pass has a workload of its own: the natural one its own prompt and no forced steps, the
+    cold one no warm-up.
     """
 
     key: tuple[tuple[str, str], ...]
-    versions: dict[str, Any]
+    versions: dict[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+
+    def takes(self, record: Record) -> bool:
+        """Whether a record with the same key belongs here."""
+        return _agree(self.versions, record["conditions"]["versions"]) and all(
+            _same_workload(record, other) for other in self.records
+        )
+
+    def add(self, record: Record) -> None:
+        """Count a record in."""
+        self.records.append(record)
+        self.versions.update(record["conditions"]["versions"])
 
     @property
     def leaves(self) -> dict[str, Any]:
-        """The conditions: of the first run that went well if there is one, else of the first;
-        forced steps of the first run that has them."""
-        first = next((r for r in self.records if r["status"] == "ok"), self.records[0])
-        found = leaves(first)
-        for leaf in _BY_PASS:
-            values = [leaves(record)[leaf] for record in self.records]
-            found[leaf] = next((value for value in values if value is not None), None)
+        """The conditions, of a run that went well if there is one; where another pass has another
+        workload, also that, as `workload in the natural pass.prompt_text`."""
+        by_pass: dict[str, Record] = {}
+        for record in sorted(self.records, key=lambda record: record["status"] != "ok"):
+            by_pass.setdefault(record["pass"], record)
+        reference, *others = (by_pass[name] for name in _REFERENCE if name in by_pass)
+        found = leaves(reference)
+        for other in others:
+            for name, known in other["conditions"]["workload"].items():
+                if known != reference["conditions"]["workload"][name]:
+                    found[f"workload in the {other['pass']} pass.{name}"] = known
         return found
 
     @property
     def varied(self) -> dict[str, Counter[str]]:
-        """The conditions that are not the same in all runs."""
+        """The conditions that the device changed between the runs: leaf -> value -> runs."""
         counts: dict[str, Counter[str]] = {}
         for record in self.records:
-            for leaf, value in leaves(record).items():
+            for leaf, found in leaves(record).items():
                 if condition_of(leaf) in MAY_VARY:
-                    counts.setdefault(leaf, Counter())[canonical(value)] += 1
+                    counts.setdefault(leaf, Counter())[canonical(found)] += 1
         return {leaf: count for leaf, count in counts.items() if len(count) > 1}
 
 
@@ -116,39 +132,44 @@ def configurations(records: Iterable[Record]) -> list[Configuration]:
     """Sort records into configurations, in the order of their first runs.
 
     A run that failed before it could tell the runner's versions belongs to the first configuration
-    that it does not contradict. The passes of one bench differ in forced steps and warm-up; these
-    split a configuration only where two different numbers of forced steps were asked for.
+    that it does not contradict; a run that fits several belongs to that of its own bench.
     """
-    records = list(records)
-    forced: dict[tuple[tuple[str, str], ...], set[int]] = {}
-    for record in records:
-        steps = record["conditions"]["workload"]["force_steps"]
-        if steps is not None:
-            forced.setdefault(_key(record), set()).add(steps)
     found: list[Configuration] = []
     for record in records:
         key = _key(record)
-        if len(forced.get(key, ())) > 1:
-            steps = record["conditions"]["workload"]["force_steps"]
-            key = (*key, ("workload.force_steps", canonical(steps)))
-        versions = record["conditions"]["versions"]
-        for configuration in found:
-            if configuration.key == key and _agree(configuration.versions, versions):
-                break
+        fitting = [each for each in found if each.key == key and each.takes(record)]
+        own = [each for each in fitting if each.records[-1]["bench_id"] == record["bench_id"]]
+        if own or fitting:
+            configuration = (own or fitting)[0]
         else:
-            configuration = Configuration(key, {})
+            configuration = Configuration(key)
             found.append(configuration)
-        configuration.records.append(record)
-        configuration.versions.update(versions)
+        configuration.add(record)
     return found
 
 
 def _key(record: Record) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (leaf, canonical(value))
-        for leaf, value in sorted(leaves(record).items())
-        if condition_of(leaf) not in MAY_VARY | {"versions"} and leaf not in _BY_PASS
+    workload = record["conditions"]["workload"]
+    return (
+        *(
+            (leaf, canonical(found))
+            for leaf, found in sorted(leaves(record).items())
+            if condition_of(leaf) not in MAY_VARY | {"versions", "workload"}
+        ),
+        *((name, canonical(workload[name])) for name in _OF_EVERY_PASS),
     )
+
+
+def _same_workload(one: Record, other: Record) -> bool:
+    """Whether two runs may be of one configuration: in one pass all must be the same, among the
+    forced ones prompt and steps."""
+    first, second = one["conditions"]["workload"], other["conditions"]["workload"]
+    if one["pass"] == other["pass"]:
+        return first == second
+    if "natural" in (one["pass"], other["pass"]):
+        return True
+    names = ("prompt_tokens", "prompt_text", "force_steps")
+    return all(first[name] == second[name] for name in names)
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -250,19 +250,21 @@ def _group(found: Configuration) -> Group:
 
 
 def _workload(leaves: Mapping[str, Any]) -> str:
-    text, tokens = leaves["workload.prompt_text"], leaves["workload.prompt_tokens"]
-    if text is not None:
-        prompt = f"prompt “{plain(text, 60)}”"
-    elif tokens is not None:
-        prompt = f"random prompt of {tokens} tokens"
-    else:
-        prompt = "prompt not told"
+    natural = "workload in the natural pass"
     forced = leaves["workload.force_steps"]
-    steps = "" if forced is None else f", {forced} steps a canvas forced for speed"
-    return (
-        f"{prompt}, up to {leaves['workload.max_new_tokens']} new tokens, "
-        f"seed {leaves['workload.seed']}{steps}"
-    )
+    shown = _prompt(leaves, "workload")
+    if f"{natural}.prompt_text" in leaves:
+        shown += f" (natural pass: {_prompt(leaves, natural)})"
+    shown += f", up to {leaves['workload.max_new_tokens']} new tokens"
+    shown += f", seed {leaves['workload.seed']}"
+    return shown if forced is None else f"{shown}, {forced} steps a canvas forced for speed"
+
+
+def _prompt(leaves: Mapping[str, Any], workload: str) -> str:
+    text, tokens = (leaves.get(f"{workload}.prompt_{kind}") for kind in ("text", "tokens"))
+    if text is not None:
+        return f"prompt “{plain(text, 60)}”"
+    return "prompt not told" if tokens is None else f"random prompt of {tokens} tokens"
 
 
 def _notes(found: Configuration) -> Iterable[str]:
@@ -272,12 +274,6 @@ def _notes(found: Configuration) -> Iterable[str]:
         yield (
             f"{plain(leaf)} was not the same in all runs: {len(counts)} values over "
             f"{len(records)} runs; the runs are kept together, compare refuses them"
-        )
-    hot = sum(bool(record["gate"]["timed_out"]) for record in records)
-    if hot:
-        yield (
-            f"{hot} of {len(records)} runs began above the threshold, since the wait for a cool "
-            "device ran out of time"
         )
     unseen = [record for record in records if record["gate"]["sensor"] is None]
     if unseen:

@@ -45,7 +45,7 @@ def run(
         "started_at": f"2026-01-02T03:{minute:02d}:05Z",
         "status": "failed" if failure else "ok",
         "failure": failure,
-        "conditions": _conditions(threads, steps if is_forced else None, canvases),
+        "conditions": _conditions(pass_, threads, steps if is_forced else None, canvases),
         "gate": {
             "threshold_c": 45.0,
             "sensor": "cpu-0-0" if has_sensors else None,
@@ -84,8 +84,6 @@ def bench(
             found.append(run("speed", repeat, failure=FAILURE, **options))
         found.append(run("speed", repeat, **options))
     found += [run("natural", repeat, **(options | {"steps": 5})) for repeat in range(natural)]
-    for record in found:
-        record["conditions"]["workload"]["warmup_steps"] = 2
     return [*found, run("memory", **options)]
 
 
@@ -129,7 +127,9 @@ def hostile_bench() -> list[dict[str, Any]]:
     return found
 
 
-def _conditions(threads: int | None, force_steps: int | None, canvases: int) -> dict[str, Any]:
+def _conditions(
+    pass_: str, threads: int | None, force_steps: int | None, canvases: int
+) -> dict[str, Any]:
     return {
         "device": {
             "serial": "SAMPLE01",
@@ -161,13 +161,13 @@ def _conditions(threads: int | None, force_steps: int | None, canvases: int) -> 
             "bytes": 850_232,
         },
         "workload": {
-            "prompt_tokens": 64,
-            "prompt_text": None,
+            "prompt_tokens": None if pass_ == "natural" else 64,
+            "prompt_text": "sort 3 1 2" if pass_ == "natural" else None,
             "max_new_tokens": CANVAS * canvases,
             "seed": 0,
             "force_steps": force_steps,
             "settings": None,
-            "warmup_steps": 2,
+            "warmup_steps": 0 if pass_ == "cold" else 2,
         },
         "versions": {"pocket_diffusion": "0.1.0", "executorch": "1.5.1", "python": "3.12.1"},
     }
