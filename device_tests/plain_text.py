@@ -13,6 +13,9 @@ from typing import Any
 
 MAXIMUM_CHARACTERS = 300
 
+_NONE = {"threads": "the runtime's choice", "settings": "the bundle's own"}
+"""What it means that a condition has no value."""
+
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]#|~!$@^])")
 
 
@@ -75,7 +78,7 @@ def condition(leaf: str, value: Any) -> str:
     """The value of a condition for people."""
     name = leaf.rpartition(".")[2]
     if value is None:
-        return "runtime's choice" if leaf == "threads" else "not told"
+        return _NONE.get(name, "none" if leaf.startswith("workload") else "not told")
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("bytes") and isinstance(value, int):
