@@ -177,7 +177,7 @@ def clean(
     holder: Callable[[Transport], object | None] | None = None,
     root: str = DEVICE_ROOT,
 ) -> Cleaned:
-    """Remove one bundle, or all bundles, runs and unfinished pushes, and nothing else.
+    """Remove one bundle, or all bundles, runs, unfinished pushes and a stale lock; nothing else.
 
     What is under `root` and has none of our names stays. holder: says who holds the device, by
     default `device_lock.holder`. Raises DeviceBusy while a benchmark holds it, unless `force`;
@@ -207,7 +207,7 @@ def clean(
         remote_files.remove(run, [f"{bundle}/{MANIFEST_FILE}"])
     remote_files.remove(run, paths)
     if bundle_id is None:
-        _remove_empty(run, layout)
+        _remove_rest(run, layout)
     return Cleaned(len(bundles), len(runs), occupied)
 
 
@@ -240,11 +240,13 @@ def _refuse_link(transport: Transport, root: str) -> None:
         )
 
 
-def _remove_empty(run: Run, layout: Layout) -> None:
-    """Remove our folders (or links in their places) as far as nothing foreign is in them."""
+def _remove_rest(run: Run, layout: Layout) -> None:
+    """Remove the lock, and our folders (or links in their places) if nothing foreign is in them."""
     for folder in (layout.bundles, layout.staging, layout.runs):
         path = quote(folder)
         run(f"if [ -L {path} ]; then rm -f {path}; else rmdir {path} 2>/dev/null; fi; true", 30.0)
+    # The lock is stale here, or its owner has just lost its bundle by force.
+    remote_files.remove(run, [f"{layout.root}/lock"])
     run(f"rmdir {quote(layout.root)} 2>/dev/null; true", 30.0)
 
 

@@ -1,7 +1,7 @@
-"""Push, listing and removal of bundles. CPU only, no model; the device is a folder or a real adbd.
+"""Push, listing and removal of bundles. CPU only, no model.
 
-The folder transport injects faults at a byte or a command; the local device proves the same
-through adbd: real cuts, restarts, a kill, and a full file system.
+The device is a folder, whose transport injects faults at a byte or a command. What a real adbd
+adds is in `test_deploy_adbd.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from device_tests import remote_files
-from device_tests.adb_direct import DirectTransport, open_tcp
 from device_tests.deploy import (
     TransferDamaged,
     bundle_id,
@@ -37,13 +33,6 @@ from device_tests.errors import (
     DeviceGone,
     ProtocolError,
     StorageFull,
-)
-from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
 )
 from device_tests.remote_shell import run_checked
 from export.bundle import (
@@ -62,7 +51,6 @@ from quantize.errors import BundleError, InputError
 from tests.folder_transport import FolderTransport
 
 CHUNK = 64 * 1024
-REPOSITORY = Path(__file__).parents[1]
 ODD_NAMES = (
     "with space.bin", "it's.bin", "$(reboot).bin", "-rf", "ünïcode 模型.bin", "a;b&c`d`.bin",
     "%s%n.bin", "deep/er/-x.bin", "#!.bin", "~", "=", "e{m,p}[t]y!.bin",
@@ -192,7 +180,7 @@ def test_a_root_that_must_be_quoted(
 def test_commands_fit_into_the_smallest_message(
     tmp_path: Path, device: FolderTransport, root: str
 ) -> None:
-    files = {f"{i:03}{'x' * 180}": b"%d" % i for i in range(60)}
+    files = {f"{i:03}{'x' * 180}": b"%d" % i for i in range(25)}
     push(device, make_bundle(tmp_path / "bundle", files), root)
     deployed(device, root=root)
     clean(device, root=root, holder=lambda _: None)
@@ -333,7 +321,7 @@ def test_the_next_process_goes_on_where_the_device_went_away(
 ) -> None:
     device.cut_after_bytes = after
     device.comes_back = False
-    with pytest.raises(DeviceGone, match="did not come back .* what arrived is kept"):
+    with pytest.raises(DeviceGone, match=r"did not come back .* what arrived is kept"):
         push(device, bundle, root)
     assert_nothing_to_run(root)
     (left,) = deployed(device := FolderTransport(), root=root)
@@ -395,7 +383,7 @@ def test_a_restart_that_lost_what_was_verified(
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     cuts=st.lists(st.integers(1, 3 * CHUNK), max_size=5),
@@ -587,7 +575,7 @@ def test_room_that_runs_out_keeps_what_was_sent(
 
 def test_commands_say_when_there_is_no_room() -> None:
     full = "dd: write error: No space left on device"
-    with pytest.raises(StorageFull, match="no room left .*pocketdiff clean"):
+    with pytest.raises(StorageFull, match=r"no room left .*pocketdiff clean"):
         run_checked(FolderTransport(), f"echo '{full}' >&2; exit 1")
     with pytest.raises(CommandFailed, match=r"ended with 3 \(oh no\)"):
         run_checked(FolderTransport(), "echo oh no >&2; exit 3")
@@ -657,6 +645,7 @@ def test_clean_removes_ours_and_nothing_else(
     (base / "runs" / "run-1").mkdir()
     (base / "runs" / "run-1" / "result.json").write_text("{}")
     (base / "runs" / "run-2").symlink_to(outside)
+    (base / "lock").mkdir()
     removed = clean(device, root=root, holder=nobody)
     assert (removed.bundles, removed.runs) == (2, 2)
     assert removed.bytes >= done.bytes_total + 10_000
@@ -727,6 +716,65 @@ def test_clean_waits_for_a_benchmark_unless_forced(
         clean(device, root=root, holder=lambda _: "bench 7")
     assert_whole(bundle, root)
     assert clean(device, root=root, holder=lambda _: "bench 7", force=True).bundles == 1
+
+
+# The shells and tools of small systems
+
+
+def small_system(name: str, packages: tuple[str, ...], folder: Path) -> Path:
+    """The unpacked Debian packages, fetched to `folder`; skips where that is not possible."""
+    try:
+        for command in (
+            ["apt-get", "download", *packages],
+            *(["sh", "-c", f"dpkg -x {package}_*.deb ."] for package in packages),
+        ):
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"{name} cannot be fetched as a Debian package: {error}")
+    return folder
+
+
+@pytest.fixture(scope="session", params=["toybox with mksh", "busybox"])
+def small_device(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> FolderTransport:
+    """Commands by the shell and the tools of Android (without `dd`, which Debian leaves out of
+    toybox), or by those of busybox."""
+    folder = tmp_path_factory.mktemp("small")
+    tools = folder / "tools"
+    tools.mkdir()
+    packages = ("busybox",) if request.param == "busybox" else ("busybox", "toybox", "mksh")
+    small_system(request.param, packages, folder)
+    busybox, toybox = folder / "bin" / "busybox", folder / "bin" / "toybox"
+    if request.param == "busybox":
+        main, names, shell = busybox, [str(busybox), "--list"], (str(busybox), "sh")
+    else:
+        main, names, shell = toybox, [str(toybox)], (str(folder / "bin" / "mksh"),)
+    for tool in subprocess.run(names, check=True, capture_output=True, text=True).stdout.split():
+        (tools / tool).symlink_to(main)
+    if not (tools / "dd").exists():
+        (tools / "dd").symlink_to(busybox)
+    return FolderTransport(path=str(tools), shell=shell)
+
+
+def test_small_systems_do_the_same(
+    small_device: FolderTransport, bundle: Bundle, root: str, tmp_path: Path
+) -> None:
+    device = small_device
+    device.cut_after_bytes = 2 * CHUNK + 100
+    part = Path(root, "staging", f"{bundle.files['layers.pte'].sha256}.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bundle.path("layers.pte").read_bytes()[: CHUNK + 1000] + bytes(CHUNK))
+    done = push(device, bundle, root)
+    assert_whole(bundle, root)
+    assert (done.reconnections, done.bytes_present) == (1, CHUNK)
+    files = {name: random_bytes(20, i) for i, name in enumerate(ODD_NAMES)} | {"empty": b""}
+    files["known"] = bundle.path("head.pte").read_bytes()
+    other = make_bundle(tmp_path / "other", files, name="other")
+    assert push(device, other, root).bytes_present == bundle.files["head.pte"].bytes
+    assert all(found.complete for found in deployed(device, root=root))
+    assert clean(device, root=root, holder=nobody).bundles == 2
+    assert not Path(root).exists()
 
 
 # Beyond 4 GiB
