@@ -1,0 +1,96 @@
+"""What the tests of runs and of benchmarks share: devices, scripted runners, requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from device_tests.adb_direct import DirectTransport, open_tcp
+from device_tests.local_device import LocalDevice
+from device_tests.remote_shell import quote
+from export.runner_protocol import RunRequest
+
+RESULT_FIELDS = (
+    "import_ms", "verify_ms", "tokenizer_ms", "load_ms", "cold", "threads", "delegation",
+    "warmup_ms", "prompt_tokens", "prompt_ms", "encode_ms", "total_ms", "first_draft_ms",
+    "first_commit_ms", "finish_reason", "canvases", "tokens", "answer_tokens", "new_tokens",
+    "text", "memory",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScriptRunner:
+    """A runner that is a piece of shell; it begins in the run's folder."""
+
+    script: str
+
+    def command(self, request: str) -> str:
+        folder = request.rpartition("/")[0]
+        return f"sh -c {quote(f'cd {quote(folder)}; {self.script}')}"
+
+
+def connect(device: LocalDevice) -> DirectTransport:
+    """A connection of its own to a local device."""
+    return open_tcp("127.0.0.1", device.port)
+
+
+def request(run_id: str, **changes: object) -> RunRequest:
+    """A small request; scripted runners do not look at it."""
+    fields = {"bundle": "/none", "max_new_tokens": 6, "prompt_tokens": (5, 6)} | changes
+    return RunRequest(run_id=run_id, **fields)
+
+
+def started(run_id: str) -> str:
+    """The first event of a run, as shell."""
+    event = {"event": "started", "t_ms": 1, "protocol": 1, "run_id": run_id, "runner": "script",
+             "pid": 1, "versions": {"script": "1"}}  # fmt: skip
+    return tell(event)
+
+
+def step(number: int) -> dict:
+    """A step event."""
+    return {"event": "step", "t_ms": number, "canvas": 0, "step": number, "max_steps": 1000,
+            "layers_ms": 1, "head_ms": 1, "accepted": 1, "mean_entropy": 0.5,
+            "finished": False}  # fmt: skip
+
+
+def tell(event: dict) -> str:
+    """Shell that tells an event."""
+    return f"printf '%s\\n' {quote(json.dumps(event))} >>events.jsonl; "
+
+
+def result(run_id: str, **changes: object) -> str:
+    """Shell that leaves a result of a run that went well."""
+    document = dict.fromkeys(RESULT_FIELDS) | {
+        "protocol": 1, "run_id": run_id, "status": "ok", "failure": None, "runner": "script",
+        "versions": {}, "tokens": [], "answer_tokens": [], "canvases": [],
+    } | changes  # fmt: skip
+    return f"printf '%s' {quote(json.dumps(document))} >r; mv r result.json; "
+
+
+def processes_of(device: LocalDevice, words: str) -> list[int]:
+    """Processes of this machine whose command line holds `words`, on the device (its namespace)."""
+    children = Path(f"/proc/{device.pid}/task/{device.pid}/children").read_text().split()
+    world = os.readlink(f"/proc/{children[0]}/ns/pid")
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            state = (folder / "stat").read_text().rpartition(") ")[2][0]
+            if words in line and state != "Z" and os.readlink(folder / "ns/pid") == world:
+                found.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until `condition` holds; fail if it does not for long."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen"
+        time.sleep(0.02)
