@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from device_tests.sensors import is_cpu_sensor
 from quantize.errors import OutputError
 
 Record = Mapping[str, Any]
@@ -256,9 +257,11 @@ def memory_series(record: Record, name: str) -> list[tuple[float, float]]:
 
 
 def hottest(sample: Mapping[str, Any]) -> float | None:
-    """The highest temperature of one sensor sample, in °C."""
-    zones = map(_number, _mapping(sample.get("temperature_c")).values())
-    return max((zone for zone in zones if zone is not None), default=None)
+    """The hottest CPU sensor of one sensor sample in °C, as the thermal gate sees it: the hottest
+    zone where none is a CPU's by its name."""
+    zones = _mapping(sample.get("temperature_c"))
+    names = [name for name in zones if is_cpu_sensor(name)] or list(zones)
+    return max(_known(_number(zones[name]) for name in names), default=None)
 
 
 def fastest(sample: Mapping[str, Any]) -> float | None:
@@ -465,17 +468,18 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "hottest_before_c", "°C", "Hottest sensor before", "Temperature and power",
-        "maximum over zones of the last sensor sample before the run",
+        "hottest CPU sensor (hottest zone where none is named as one) in the last sensor sample "
+        "before the run",
         "none", _SPEED, _hottest_before,
     ),
     Metric(
         "hottest_during_c", "°C", "Hottest sensor during", "Temperature and power",
-        "maximum over zones and over the sensor samples during the run",
+        "the same, maximum over the sensor samples during the run",
         "none", _SPEED, _hottest_during,
     ),
     Metric(
         "hottest_after_c", "°C", "Hottest sensor after", "Temperature and power",
-        "maximum over zones of the first sensor sample after the run",
+        "the same in the first sensor sample after the run",
         "none", _SPEED, _hottest_after,
     ),
     Metric(

@@ -20,6 +20,7 @@ from device_tests.configuration import (
     configurations,
 )
 from device_tests.metrics import (
+    BY_NAME,
     METRICS,
     Metric,
     percentile,
@@ -282,7 +283,7 @@ def _notes(found: Configuration) -> Iterable[str]:
             "thermal gate could not hold them back, and heat may be in the numbers"
         )
     cold = [r for r in records if r["pass"] == "cold" and r["status"] == "ok"]
-    warm = sum(record["metrics"].get("load_cold_ms") is None for record in cold)
+    warm = sum(value(BY_NAME["load_cold_ms"], record) is None for record in cold)
     if warm:
         yield (
             f"{warm} of {len(cold)} cold loads were not cold: the device did not let the bundle "

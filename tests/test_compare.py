@@ -1,0 +1,212 @@
+"""Comparing two sets of runs: refusals by name, intervals of whole repeats, verdicts with proof."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from device_tests import compare as module
+from device_tests.compare import CompareRefused, compare, ratio_interval
+from device_tests.configuration import CONDITIONS, select
+from tests import record_samples
+from tests.record_samples import HOSTILE, bench
+from tests.test_report import change, has_control
+
+A = bench()
+
+
+def row(comparison, name):
+    return next(found for found in comparison.rows if found.metric.name == name)
+
+
+def test_a_set_against_itself_differs_in_nothing():
+    found = compare(A, A)
+    for each in found.rows:
+        assert each.ratio is None or each.ratio == 1
+        assert each.verdict in ("equal", "unclear", "not known")
+        if each.interval is not None:
+            assert each.interval[0] <= 1 <= each.interval[1]
+
+
+def test_faster_steps_are_better_and_slower_ones_worse():
+    fast = bench(seed=1, step_ms=30.0)
+    found = row(compare(A, fast), "step_ms")
+    assert found.verdict == "better"
+    assert found.ratio == found.b.median / found.a.median
+    assert found.interval[0] <= found.ratio <= found.interval[1] < 1
+    assert row(compare(A, fast), "tokens_per_s").verdict == "better", "more is better there"
+    assert row(compare(fast, A), "step_ms").verdict == "worse"
+    assert row(compare(fast, A), "tokens_per_s").verdict == "worse"
+
+
+def test_the_median_is_over_repeats_and_not_over_steps():
+    found = row(compare(A, A), "step_ms").a
+    speed = [r for r in A if r["pass"] == "speed"]
+    assert found.repeats == tuple(r["metrics"]["step_ms"] for r in speed)
+    assert found.median == np.median(found.repeats)
+
+
+def test_the_interval_resamples_repeats():
+    """With five repeats, all 5**5 resamples of a side can be listed: the exact bootstrap."""
+    a, b = [10.0, 11.0, 12.0, 13.0, 15.0], [20.0, 21.0, 23.0, 26.0, 30.0]
+    grid = np.stack(np.meshgrid(*[range(5)] * 5), -1).reshape(-1, 5)
+    medians_a = np.median(np.asarray(a)[grid], axis=1)
+    medians_b = np.median(np.asarray(b)[grid], axis=1)
+    ratios = (medians_b[:, None] / medians_a[None, :]).ravel()
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    found = ratio_interval(a, b)
+    # 9999 resamples know a probability of 2.5 % to about 0.16 %; the ratios are discrete, so the
+    # interval may end at a neighbouring one, at most 5 % away here.
+    assert found == pytest.approx((low, high), rel=0.05)
+    assert found == ratio_interval(a, b), "the seed is fixed"
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    """Normal noise, 8 repeats a side, true ratio 1; 80 experiments, of which 95 % +- 5 % binomial
+    noise and the known shortfall of a percentile interval of few leave at least 85 %."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(80):
+        low, high = ratio_interval(random.normal(100, 5, 8), random.normal(100, 5, 8))
+        held += low <= 1 <= high
+    assert held >= 68
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_too_few_repeats_have_a_ratio_and_no_verdict(repeats):
+    found = row(compare(A, bench(seed=1, step_ms=10.0, speed=repeats)), "step_ms")
+    assert found.ratio == pytest.approx(0.25, rel=0.1)
+    assert found.interval is None and found.verdict == "not known" and found.why == "too few runs"
+
+
+def test_few_repeats_are_told():
+    assert any("fewer than 6" in note for note in compare(A, A).notes)
+    many = bench(speed=6, natural=6)
+    assert not any("fewer than 6" in note for note in compare(many, many).notes)
+
+
+def test_no_ratio_of_temperatures_and_of_zero():
+    found = compare(A, A)
+    assert row(found, "hottest_during_c").ratio is None
+    assert row(found, "battery_current_ma").ratio is None
+    assert row(found, "peak_swap_bytes").ratio is None
+    assert row(found, "peak_swap_bytes").why == "all are 0"
+
+
+def test_a_metric_of_one_side_only_is_shown_without_a_ratio():
+    found = row(compare(A, bench(has_sensors=True)[:-1]), "peak_rss_bytes")
+    assert (found.b.repeats, found.ratio, found.why) == ((), None, "B has no number")
+
+
+DIFFERENT = [
+    ("device", "conditions.device.serial", "OTHER"),
+    ("device", "conditions.device.memory_bytes", 1),
+    ("build", "conditions.device.kernel", "7.0"),
+    ("clocks", "conditions.clocks.governor", {"cpu0": "performance"}),
+    ("clocks", "conditions.clocks.limits_mhz", None),
+    ("charging", "conditions.charging", False),
+    ("transport", "conditions.transport", "tcp"),
+    ("polling", "conditions.poll_s", 0.25),
+    ("threads", "conditions.threads", 4),
+    ("bundle", "conditions.bundle.sha256", "cd" * 32),
+    ("workload", "conditions.workload.seed", 7),
+    ("workload", "conditions.workload.max_new_tokens", 60),
+    ("versions", "conditions.versions.executorch", "9.9"),
+    ("gate", "gate.threshold_c", 39.0),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), DIFFERENT)
+def test_another_condition_is_refused_with_both_values_unless_named(name, path, value):
+    other = change(A, path, value)
+    with pytest.raises(CompareRefused, match=name) as refused:
+        compare(A, other)
+    old = A[0]
+    for key in path.split("."):
+        old = old[key]
+    if isinstance(old, (str, int)) and not isinstance(old, bool) and name != "device":
+        assert str(old) in str(refused.value) and str(value) in str(refused.value)
+    found = compare(A, other, across=(name,))
+    assert [difference.leaf.split(".")[0] for difference in found.differences] == [name]
+    wrong = "threads" if name != "threads" else "bundle"
+    with pytest.raises(CompareRefused, match=name):
+        compare(A, other, across=(wrong,))
+
+
+def test_every_condition_can_be_refused():
+    assert {name for name, _, _ in DIFFERENT} == set(CONDITIONS)
+
+
+def test_all_differing_conditions_are_named_at_once():
+    other = change(change(A, "conditions.threads", 4), "conditions.charging", False)
+    with pytest.raises(
+        CompareRefused, match=r"charging is yes in A and no in B.*threads is 2 in A"
+    ):
+        compare(A, other)
+
+
+def test_a_side_under_two_conditions_is_refused_until_one_is_chosen():
+    both = [*A, *bench(threads=4, bench_id="bench-2")]
+    with pytest.raises(CompareRefused, match="threads is 2 or 4 in A and 2 in B"):
+        compare(both, A)
+    assert compare(select(both, threads=2), A).runs == (len(A), len(A))
+    assert len(select(both, bundle="abab")) == len(both)
+    assert select(both, bundle="cd") == []
+
+
+def test_one_governor_in_the_middle_of_a_side_is_refused():
+    other = copy.deepcopy(A)
+    other[4]["conditions"]["clocks"]["governor"]["cpu0"] = "powersave"
+    with pytest.raises(CompareRefused, match=r"clocks.governor"):
+        compare(A, other)
+
+
+def test_passes_have_their_own_workload():
+    with pytest.raises(CompareRefused, match=r"workload.force_steps is 8 in A and 16 in B"):
+        compare(A, bench(steps=16))
+    natural = [r for r in bench(steps=16) if r["pass"] == "natural"]
+    assert row(compare(A, natural), "tokens_per_s").ratio is not None
+
+
+def test_unknown_names_and_empty_sides_are_refused():
+    with pytest.raises(CompareRefused, match="tread is no condition"):
+        compare(A, A, across=("tread",))
+    with pytest.raises(CompareRefused, match="B has no runs"):
+        compare(A, [])
+    with pytest.raises(CompareRefused, match="in common"):
+        compare(A[:1], A[-1:])
+
+
+def test_failures_are_counted_on_both_sides_and_listed():
+    found = compare(A, bench(with_failure=True))
+    assert found.failed == (0, 1)
+    assert (row(found, "step_ms").a.failed, row(found, "step_ms").b.failed) == (0, 1)
+    assert "1 failed" in module.to_text(found) and "1 failed" in module.to_markdown(found)
+    document = module.to_json(found)
+    assert (document["b"]["failed"], document["metrics"]["step_ms"]["b_failed"]) == (1, 1)
+    (failure,) = document["failures"]
+    assert (failure["side"], failure["run"]) == ("B", "speed 2")
+    assert failure["sentence"] == record_samples.FAILURE["sentence"]
+    assert "the kernel killed the runner" in module.to_text(found)
+
+
+def test_json_is_finite_and_text_fits_a_terminal():
+    found = compare(A, bench(seed=1), across=())
+    json.dumps(module.to_json(found), allow_nan=False)
+    assert all(len(line) <= 100 for line in module.to_text(found).splitlines())
+    metrics = module.to_json(found)["metrics"]["step_ms"]
+    assert len(metrics["a_repeats"]) == 5 and len(metrics["interval"]) == 2
+
+
+def test_hostile_conditions_are_inert():
+    hostile = record_samples.hostile_bench()
+    with pytest.raises(CompareRefused) as refused:
+        compare(A, hostile)
+    assert not has_control(str(refused.value))
+    found = compare(A, hostile, across=tuple(CONDITIONS))
+    for shown in (module.to_text(found), module.to_markdown(found)):
+        assert not has_control(shown) and HOSTILE not in shown
+    assert "<script" not in module.to_markdown(found)
