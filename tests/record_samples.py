@@ -13,7 +13,7 @@ from device_tests.metrics import compute
 
 CANVAS = 20
 HOSTILE = (
-    "</td><script>alert(1)</script><img src=x onerror=alert(2)>|`x`\n\n# [bold red]h[/] $\\frac{1}$"
+    "</td><script>top.hostile=1</script><img src=x onerror=top.hostile=2>|`x`\n\n# [bold red]h[/] $\\frac{1}$"
     " \x1b[31mred\x07 \u202egnp.exe {{7*7}} {% raw %} 'quote' \"double\" --> ]]> &amp;"
 )
 
