@@ -510,10 +510,10 @@ def name_failure(
             "other apps",
             evidence,
         )
-    if exit_code != 0 and _NO_MEMORY.search(traces.log_tail):
+    if exit_code != 0 and (line := _last_line_with(_NO_MEMORY, traces.log_tail)):
         return Failure(
             "out_of_memory",
-            f"the runner got no more memory ({last}); use a smaller bundle or context",
+            f"the runner got no more memory ({line}); use a smaller bundle or context",
             evidence,
         )
     if exit_code in (126, 127) or _NO_MODULE.search(traces.log_tail):
@@ -617,6 +617,10 @@ def _log_text(text: str) -> str:
     """The end of the log, printable and with its line ends."""
     lines = text[-LOG_TAIL_BYTES:].split("\n")
     return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines).strip()
+
+
+def _last_line_with(pattern: re.Pattern[str], text: str) -> str:
+    return next((excerpt(line) for line in reversed(text.split("\n")) if pattern.search(line)), "")
 
 
 def _signal_name(number: int) -> str:

@@ -14,12 +14,17 @@ from device_tests.local_device import LocalDevice
 from device_tests.remote_shell import quote
 from export.runner_protocol import RunRequest
 
-RESULT_FIELDS = (
-    "import_ms", "verify_ms", "tokenizer_ms", "load_ms", "cold", "threads", "delegation",
-    "warmup_ms", "prompt_tokens", "prompt_ms", "encode_ms", "total_ms", "first_draft_ms",
-    "first_commit_ms", "finish_reason", "canvases", "tokens", "answer_tokens", "new_tokens",
-    "text", "memory",
-)  # fmt: skip
+RESULT = {
+    "protocol": 1, "status": "ok", "failure": None, "runner": "script", "versions": {},
+    "import_ms": 1, "verify_ms": 1, "tokenizer_ms": None, "load_ms": 1, "threads": 1,
+    "cold": {"requested": False, "method": None, "resident_before": None, "resident_after": None},
+    "delegation": {}, "warmup_ms": None, "prompt_tokens": 2, "prompt_ms": 1, "encode_ms": 0,
+    "total_ms": 2, "first_draft_ms": 1, "first_commit_ms": 2, "finish_reason": "length",
+    "canvases": [{"canvas": 0, "tokens": [5], "converged": True,
+                  "steps": [{"layers_ms": 1, "head_ms": 1, "accepted": 1, "mean_entropy": 0.5}]}],
+    "tokens": [5], "answer_tokens": [5], "new_tokens": 1, "text": None,
+    "memory": {"peak_rss_bytes": 1, "after_load": None, "at_end": None, "major_faults": 0},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,13 @@ def tell(event: dict) -> str:
 
 def result(run_id: str, **changes: object) -> str:
     """Shell that leaves a result of a run that went well."""
-    document = dict.fromkeys(RESULT_FIELDS) | {
-        "protocol": 1, "run_id": run_id, "status": "ok", "failure": None, "runner": "script",
-        "versions": {}, "tokens": [], "answer_tokens": [], "canvases": [],
-    } | changes  # fmt: skip
+    document = RESULT | {"run_id": run_id} | changes
     return f"printf '%s' {quote(json.dumps(document))} >r; mv r result.json; "
 
 
-def processes_of(device: LocalDevice, words: str) -> list[int]:
-    """Processes of this machine whose command line holds `words`, on the device (its namespace)."""
+def processes_of(device: LocalDevice, words: str, *, program: str = "") -> list[int]:
+    """Processes on the device (in its namespace) whose command line begins with `program` and
+    holds `words`, by their numbers on this machine."""
     children = Path(f"/proc/{device.pid}/task/{device.pid}/children").read_text().split()
     world = os.readlink(f"/proc/{children[0]}/ns/pid")
     found = []
@@ -81,7 +84,12 @@ def processes_of(device: LocalDevice, words: str) -> list[int]:
         try:
             line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             state = (folder / "stat").read_text().rpartition(") ")[2][0]
-            if words in line and state != "Z" and os.readlink(folder / "ns/pid") == world:
+            if (
+                line.startswith(program)
+                and words in line
+                and state != "Z"
+                and os.readlink(folder / "ns/pid") == world
+            ):
                 found.append(int(folder.name))
         except (OSError, ValueError):
             continue
