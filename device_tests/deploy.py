@@ -229,7 +229,7 @@ class _Push:
         staged = quote(self._staged)
         self._run(
             f"mkdir -p {quote(self.layout.staging)} && "
-            f"if [ -d {final} ]; then rm -rf {staged} && mv {final} {staged}; fi",
+            f"if [ -d {final} ]; then rm -rf {staged}; mv {final} {staged} || [ ! -d {final} ]; fi",
             600.0,
         )
         self._placed_bytes = 0
@@ -418,15 +418,18 @@ class _Push:
     def _place(self, file: _File, remote: str) -> bool:
         """Hash `remote` on the device and, if it is right, move it into the staged folder.
 
-        One command, so that nothing comes between. Raises _LookAgain if it is gone.
+        Raises _LookAgain if it is gone, or another push put something else there meanwhile.
         """
-        part, target = quote(remote), quote(self._target(file))
-        folder = quote(str(PurePosixPath(self._target(file)).parent))
+        target = self._target(file)
+        # One command, so that little comes between. The inode tells whether what was moved is what
+        # was hashed.
         command = (
-            f"if [ ! -f {part} ] || [ ! -d {folder} ]; then echo gone; "
-            f"else h=$(sha256sum < {part}) && "
-            f'if [ "${{h%% *}}" != {file.sha256} ]; then echo differs; '
-            f"else mv -f {part} {target} && echo placed; fi; fi"
+            f"p={quote(remote)}; t={quote(target)}; d={quote(str(PurePosixPath(target).parent))}; "
+            'gone() { if [ -f "$p" ] && [ -d "$d" ]; then exit 1; fi; echo gone; exit 0; }; '
+            '[ -f "$p" ] || gone; i=$(stat -c %i "$p") || gone; h=$(sha256sum < "$p") || gone; '
+            f'if [ "${{h%% *}}" != {file.sha256} ]; then echo differs; exit 0; fi; '
+            'mv -f "$p" "$t" || gone; '
+            'if [ "$(stat -c %i "$t")" = "$i" ]; then echo placed; else echo gone; fi'
         )
         said = self._run(command, remote_files.patience_s(file.bytes)).text.strip()
         if said == "placed":
@@ -460,7 +463,7 @@ class _Push:
         nested = quote(f"{self._final}/{PurePosixPath(self._staged).name}")
         self._run(
             f"sync; if [ -d {staged} ] && [ ! -e {final} ]; then "
-            f"mv {staged} {final} && rm -rf {nested} && sync; fi",
+            f"{{ mv {staged} {final} || [ -d {final} ]; }} && rm -rf {nested} && sync; fi",
             remote_files.patience_s(self.total_bytes),
         )
         found = remote_files.sizes_bytes(self._run, [f"{self._final}/{MANIFEST_FILE}"])

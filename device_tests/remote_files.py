@@ -39,7 +39,7 @@ def sizes_bytes(run: Run, paths: Sequence[str]) -> list[int | None]:
     for batch in _batches(paths):
         command = (
             f"for f in {quote(*batch)}; do "
-            'if [ -f "$f" ] && [ ! -L "$f" ]; then stat -c %s "$f"; else echo -; fi; done'
+            '[ -f "$f" ] && [ ! -L "$f" ] && stat -c %s "$f" || echo -; done'
         )
         lines = run(command, 60.0).text.split()
         if len(lines) != len(batch):
@@ -51,8 +51,7 @@ def sizes_bytes(run: Run, paths: Sequence[str]) -> list[int | None]:
 def sha256(run: Run, path: str, size_bytes: int) -> str | None:
     """The SHA-256 of a regular file of about `size_bytes`, None if there is none."""
     # Read as standard input: no name is printed that could be escaped.
-    file = quote(path)
-    command = f"if [ -f {file} ] && [ ! -L {file} ]; then sha256sum < {file}; else echo -; fi"
+    command = f'f={quote(path)}; [ -f "$f" ] && [ ! -L "$f" ] && sha256sum < "$f" || echo -'
     text = run(command, patience_s(size_bytes)).text.strip()
     return None if text == "-" else _digest(command, text)
 
@@ -115,7 +114,7 @@ def occupied_bytes(run: Run, paths: Sequence[str]) -> int:
     """What the paths occupy in blocks, a file of several names once per command."""
     total = 0
     for batch in _batches(paths):
-        command = f"du -sk {quote(*batch)}"
+        command = f"du -sk {quote(*batch)}; true"  # something may have gone meanwhile
         for line in run(command, 600.0).text.splitlines():
             total += _integer(command, line.split(maxsplit=1)[0] if line.strip() else "") * 1024
     return total
