@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ _ALIGNMENT_BYTES = 2**20
 """Where sending goes on within a chunk, so that transports may write in whole blocks."""
 
 _REPAIRS = 3
-_ATTEMPTS = 3
+_ATTEMPTS = 5
+_PAUSE_S = 0.5
 _RECONNECTIONS_IN_VAIN = 5
 
 Progress = Callable[[int, int, str], None]
@@ -194,26 +196,34 @@ class _Push:
     def run(self) -> None:
         """Push until the bundle is whole under its name."""
         self._boot_id = self._read_boot_id()
-        for _ in range(_ATTEMPTS):
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
-                if self._already_whole():
-                    break
-                # A restart may have lost what was verified but not yet on the storage: then all is
-                # verified again.
-                self._restarted = True
-                while self._restarted:
-                    self._restarted = False
-                    self._bring_all()
-                if self._finish() and not self._restarted:
+                if self._already_whole() or self._bring_and_finish():
                     break
             except _LookAgain:
-                continue
+                pass
+            except CommandFailed:
+                # What another push moves away makes commands fail in any place.
+                if attempt == _ATTEMPTS:
+                    raise
+            # Not in step with the other one.
+            time.sleep(random.uniform(0, _PAUSE_S))
         else:
             raise DeviceBusy(
                 f"what lies in {self._staged} on the device {self._transport.serial} changes "
                 "meanwhile; wait until no other push of this bundle goes on, then repeat this one"
             )
         self._remove_leftovers()
+
+    def _bring_and_finish(self) -> bool:
+        """Bring all files and give the bundle its name; False if it must be looked at again."""
+        # A restart may have lost what was verified but not yet on the storage: then all is verified
+        # again.
+        self._restarted = True
+        while self._restarted:
+            self._restarted = False
+            self._bring_all()
+        return self._finish() and not self._restarted
 
     # What is there
 
