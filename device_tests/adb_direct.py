@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import socket
 import struct
@@ -25,8 +26,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import numpy as np
 from adb_shell import constants
-from adb_shell.adb_message import AdbMessage, checksum
+from adb_shell.adb_message import AdbMessage
 from adb_shell.auth.keygen import keygen, write_public_keyfile
 from adb_shell.auth.sign_cryptography import CryptographySigner
 from adb_shell.exceptions import TcpTimeoutException
@@ -64,7 +66,10 @@ CONNECT_TIMEOUT_S = 10.0
 AUTHORISATION_TIMEOUT_S = 120.0
 """How long a person may take to press "Allow" on the device."""
 _RETRY_EVERY_S = 0.3
+_CLOSE_S = 1.0
+_USB_ATTEMPTS = 3
 _NOTHING_THERE = 66
+_STAT = re.compile(rb"(\d{1,19}) ([0-9a-f]{1,8}) (-?\d{1,19})")
 _STLS = int.from_bytes(b"STLS", "little")
 
 OnAuthorisation = Callable[[str], None]
@@ -181,6 +186,11 @@ class DirectTransport:
         try:
             with self._call() as link:
                 return _run(link, command, deadline)
+        except _NotOpened as error:
+            raise DeviceGone(
+                f"{self.serial} did not begin a command within {timeout_s:g} s: check the cable or "
+                "the network and that the device is on"
+            ) from error
         except _TimedOut as error:
             raise CommandTimeout(
                 f"{_shortened(command)} did not end within {timeout_s:g} s on {self.serial}: it "
@@ -371,7 +381,7 @@ class DirectTransport:
                 self._link = self._connected(self._timeout_s)
             try:
                 yield self._link
-            except (CommandFailed, StorageFull):
+            except (CommandFailed, StorageFull, _Outlasted):
                 raise  # the device answered in order
             except BaseException:
                 self._drop()
@@ -398,6 +408,13 @@ class DirectTransport:
             link.close()
 
     def _connected(self, timeout_s: float) -> _Link:
+        for _ in range(_USB_ATTEMPTS - 1 if self.kind == "usb" else 0):
+            # Over USB the rest of a packet of an earlier connection may still come first.
+            with contextlib.suppress(ProtocolError, DeviceGone):
+                return self._connect_once(timeout_s)
+        return self._connect_once(timeout_s)
+
+    def _connect_once(self, timeout_s: float) -> _Link:
         link = _Link(self._connector(), self.serial)
         try:
             banner = link.connect(
@@ -486,23 +503,14 @@ class ShellReply:
 
 def parse_stat(stdout: bytes) -> RemoteStat:
     """Read what `stat -c '%s %f %Y'` printed; raises ProtocolError."""
-    words = stdout.split()
-    try:
-        size, mode, modified = words
-        if max(map(len, words)) > 20:
-            raise ValueError("a number of more than 20 digits")
-        stat = RemoteStat(int(size), int(mode, 16), int(modified))
-    except ValueError as error:
+    found = _STAT.fullmatch(stdout.strip())
+    if found is None:
         raise ProtocolError(
             f"stat on the device printed {stdout[:80]!r}, not a size, a mode and a time: its stat "
             "command is not understood"
-        ) from error
-    if stat.size_bytes < 0 or stat.mode < 0:
-        raise ProtocolError(
-            f"stat on the device printed a negative size or mode, {stdout[:80]!r}: its stat "
-            "command is not understood"
         )
-    return stat
+    size, mode, modified = found.groups()
+    return RemoteStat(int(size), int(mode, 16), int(modified))
 
 
 def parse_banner(banner: bytes) -> tuple[dict[str, str], frozenset[str]]:
@@ -549,10 +557,16 @@ def _run(link: _Link, command: str, deadline: _Deadline) -> ShellResult:
     reply = ShellReply()
     outputs = {_STDOUT: bytearray(), _STDERR: bytearray()}
     stream = _Stream(link, _service(link, command), deadline)
-    stream.write(_CLOSE_STDIN, deadline)
-    for channel, data in _pieces(stream, reply, lambda: deadline):
-        _collect(outputs[channel], data)
-    stream.close(deadline)
+    try:
+        stream.write(_CLOSE_STDIN, deadline)
+        for channel, data in _pieces(stream, reply, lambda: deadline):
+            _collect(outputs[channel], data)
+    except _TimedOut as error:
+        if not link.is_whole:
+            raise
+        stream.close(_Deadline(_CLOSE_S))
+        raise _Outlasted from error
+    stream.close(_Deadline(_CLOSE_S))
     assert reply.exit_code is not None  # _pieces ends with it or raises
     return ShellResult(reply.exit_code, bytes(outputs[_STDOUT]), bytes(outputs[_STDERR]))
 
@@ -641,8 +655,21 @@ def _identity_text(properties: dict[str, str]) -> str:
 _HEADER = struct.Struct("<6I")
 
 
+def _checksum(data: bytes) -> int:
+    """The sum of the bytes, which adbd checked up to Android 8; numpy is 50 times sum()."""
+    return int(np.frombuffer(data, np.uint8).sum(dtype=np.uint64)) & 0xFFFFFFFF
+
+
 class _TimedOut(Exception):
     """Nothing came, or nothing went out, until the deadline; callers say what that means."""
+
+
+class _NotOpened(_TimedOut):
+    """Not even the opening of a stream was answered: it is the device that is silent."""
+
+
+class _Outlasted(_TimedOut):
+    """Only the command went on too long; its stream was closed and the connection is whole."""
 
 
 class _Deadline:
@@ -678,6 +705,8 @@ class _Link:
         # Until versions are known ours carry a checksum, as adb's do, and those of the device are
         # not checked: today's adbd leaves it out of its very first packet.
         self._checksums_out, self._checksums_in = True, False
+        self.is_whole = True
+        """False while a packet is under way, and for good if it broke off there."""
         self._last_id = 0
         self._send_lock = threading.Lock()
 
@@ -718,12 +747,15 @@ class _Link:
 
     def send(self, command: bytes, arg0: int, arg1: int, data: bytes, deadline: _Deadline) -> None:
         message = AdbMessage(command, arg0, arg1)
-        total = checksum(data) if self._checksums_out else 0
+        total = _checksum(data) if self._checksums_out else 0
         header = _HEADER.pack(message.command, arg0, arg1, len(data), total, message.magic)
         with self._send_lock:  # header and data are two writes, as USB wants it
+            deadline.wait_s()
+            self.is_whole = False
             self._write(header, deadline)
             if data:
                 self._write(data, deadline)
+            self.is_whole = True
 
     def receive(self, deadline: _Deadline) -> _Packet:
         header = self._read(_HEADER.size, deadline)
@@ -740,7 +772,8 @@ class _Link:
                 "what answers is no adbd, or the connection is damaged"
             )
         data = self._read(length, deadline) if length else b""
-        if self._checksums_in and checksum(data) != total:
+        self.is_whole = True
+        if self._checksums_in and _checksum(data) != total:
             raise ProtocolError(
                 f"{self.serial} sent a packet with a wrong checksum: the connection is damaged, "
                 "repeat the call"
@@ -805,6 +838,7 @@ class _Link:
                 piece = self._transport.bulk_read(count, deadline.wait_s())
             if len(piece) > count:
                 raise ProtocolError(f"{self.serial} sent more than was asked for: connect again")
+            self.is_whole = False
             pieces.append(piece)
             count -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -854,7 +888,10 @@ class _Stream:
         self._held_bytes = 0
         self._closed = False
         link.send(constants.OPEN, self._local, 0, service + b"\0", deadline)
-        packet = self._next(deadline)
+        try:
+            packet = self._next(deadline)
+        except _TimedOut as error:
+            raise _NotOpened from error
         if packet.command == constants.CLSE:
             self._closed = True
             raise ServiceRefused(

@@ -136,6 +136,16 @@ def test_command_that_outlasts_its_time_leaves_the_transport_usable(device: Devi
     assert device.transport.shell("echo on").stdout == b"on\n"
 
 
+def test_command_that_outlasts_its_time_costs_no_connection(double: AdbDouble) -> None:
+    """Over USB opening another one would end what else goes on."""
+    with opened(double) as transport:
+        for command in ("sleep 60", "while :; do echo on; done", "sleep 60 >&2"):
+            with pytest.raises(CommandTimeout):
+                transport.shell(f"{command} & wait", timeout_s=0.1)
+            assert transport.shell("echo on").stdout == b"on\n"
+        assert double.connections == 1
+
+
 def test_impossible_commands_are_refused(device: Device) -> None:
     with pytest.raises(CommandFailed, match="null character"):
         device.transport.shell("echo a\0b")
@@ -351,11 +361,11 @@ def test_cut_at_every_packet_of_a_command_is_gone(double: AdbDouble) -> None:
             assert transport.shell("echo on").stdout == b"on\n"
 
 
-def test_stall_times_a_command_out_and_gives_a_push_up(double: AdbDouble, tmp_path: Path) -> None:
+def test_stalled_device_is_gone(double: AdbDouble, tmp_path: Path) -> None:
     with opened(double) as transport:
         transport._stall_s = 0.3
         double.faults.stall_after = 0
-        with pytest.raises(CommandTimeout):
+        with pytest.raises(DeviceGone, match="did not begin"):
             transport.shell("echo", timeout_s=0.3)
         double.faults.stall_after = MIB
         with pytest.raises(DeviceGone, match="moved nothing"):
@@ -663,12 +673,34 @@ def test_usb_unplugged_is_gone_and_comes_back(plugged: Callable) -> None:
         assert transport.shell("echo back").stdout == b"back\n"
 
 
-def test_usb_timeout_is_a_timeout(plugged: Callable) -> None:
+def test_usb_timeout_is_silence_not_an_error(plugged: Callable) -> None:
     (cable,) = plugged("A1")
     with open_usb("A1") as transport:
         cable.read_error = usb1.USBErrorTimeout(-7)
-        with pytest.raises(CommandTimeout):
+        with pytest.raises(DeviceGone, match="did not begin"):
             transport.shell("echo", timeout_s=0.2)
+        cable.read_error = None
+        assert transport.shell("echo on").stdout == b"on\n"
+
+
+def test_usb_leftovers_of_an_earlier_connection_are_passed_over(
+    plugged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libusb: the rest of a packet is longer than the header that was asked for."""
+    (cable,) = plugged("A1")
+    cable.read_error = usb1.USBErrorOverflow(-8)
+    connect, attempts = Cable.connect, []
+
+    def connect_again(self: Cable, timeout_s: float | None = None) -> None:
+        attempts.append(timeout_s)
+        if len(attempts) == 3:
+            self.read_error = None
+        connect(self, timeout_s)
+
+    monkeypatch.setattr(Cable, "connect", connect_again)
+    with open_usb("A1") as transport:
+        assert transport.shell("echo in").stdout == b"in\n"
+    assert len(attempts) == 3
 
 
 def test_usb_cannot_forward_and_says_what_can(plugged: Callable) -> None:
