@@ -1,6 +1,6 @@
 """What a device is and at which clocks it may run: the commands that ask, their answers parsed.
 
-Pure functions on text, for Android (`getprop`) and other Linux. What a device says of itself is
+The parsers are pure functions on text, for Android (`getprop`) and other Linux. What a device says of itself is
 untrusted: it is kept as text of limited length and believed nowhere.
 """
 
@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from device_tests.remote_shell import run_checked
 from device_tests.sensors import MAXIMUM_SENSORS, MAXIMUM_TEXT_CHARACTERS, clean, number
+from device_tests.transport import Transport
 
 MAXIMUM_VALUE_CHARACTERS = 200
 
@@ -87,6 +89,11 @@ class Clocks:
 
     governor: Mapping[str, str] | None = None
     limits_mhz: Mapping[str, tuple[float, float]] | None = None
+
+
+def read_device(transport: Transport) -> Device:
+    """Ask a device what it is. Raises a DeviceError if it cannot be asked."""
+    return parse_device(run_checked(transport, DEVICE_COMMAND).text, transport.serial)
 
 
 def parse_device(text: str, serial: str) -> Device:

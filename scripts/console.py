@@ -67,6 +67,10 @@ class Reporter:
             share = f"{100 * done / total:.0f} %" if total else ""
             self._console.print(f"{self._title}: {share} {what}", soft_wrap=True)
 
+    def line(self, text: str) -> None:
+        """Say something that stays, above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
     def start(self) -> None:
         """Begin to draw."""
         self._progress.start()

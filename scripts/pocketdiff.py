@@ -17,7 +17,7 @@ import warnings
 import typer
 
 from quantize.errors import UserError
-from scripts import model_verbs
+from scripts import device_verbs, model_verbs
 from scripts.console import err_console
 
 VERBS = (
@@ -26,6 +26,12 @@ VERBS = (
     model_verbs.inspect,
     model_verbs.generate,
     model_verbs.evaluate,
+    device_verbs.devices,
+    device_verbs.push,
+    device_verbs.bench,
+    device_verbs.report,
+    device_verbs.compare,
+    device_verbs.clean,
 )
 
 app = typer.Typer(

@@ -1,0 +1,189 @@
+"""Deploy, run, measure and clean up on a real device: `pytest device_tests --device SERIAL`.
+
+Without a serial the device is adbd on this machine. The demo model's bundle is run unless another
+is given; what is compared is then that bundle on the host.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from device_tests import bench as benches
+from device_tests import records, report
+from device_tests.bench import BenchOutcome, BenchPlan
+from device_tests.conftest import pocketdiff
+from device_tests.deploy import Deployment, deploy
+from device_tests.device_lock import DeviceLock
+from device_tests.errors import DeviceBusy
+from device_tests.inventory import bundle_sha256, clean, deployed
+from device_tests.remote_run import Runner
+from device_tests.remote_shell import DEVICE_ROOT
+from device_tests.transport import Transport
+from export.bundle import MANIFEST_FILE, Bundle
+
+pytestmark = pytest.mark.device
+
+PROMPT = "sort 66403971"
+PLAN = BenchPlan(
+    passes={"cold": 1, "warm_up": 0, "speed": 2, "natural": 1, "memory": 1},
+    prompt_text=PROMPT,
+    force_steps=4,
+    poll_s=0.5,
+    max_temperature_c=80.0,
+    threads=(1,),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results") / "results.jsonl"
+
+
+@pytest.fixture(scope="module")
+def outcome(
+    transport: Transport, bundle: Bundle, deployment: Deployment, runner: Runner, results: Path
+) -> BenchOutcome:
+    """One benchmark of every pass."""
+    return benches.bench(transport, bundle, deployment, runner, PLAN, results)
+
+
+def of_pass(outcome: BenchOutcome, name: str) -> list[records.Record]:
+    return [record for record in outcome.records if record["pass"] == name]
+
+
+def test_a_deployed_bundle_is_whole_and_is_not_sent_again(
+    transport: Transport, bundle: Bundle, deployment: Deployment
+) -> None:
+    assert deployment.bundle_sha256 == bundle_sha256((bundle.folder / MANIFEST_FILE).read_bytes())
+    [found] = [b for b in deployed(transport) if b.bundle_id == deployment.bundle_id]
+    assert found.complete
+    again = deploy(transport, bundle)
+    assert again.bytes_sent == 0
+    assert again.bytes_present == again.bytes_total > bundle.total_bytes
+
+
+def test_every_run_of_the_plan_goes_well(outcome: BenchOutcome, results: Path) -> None:
+    assert [record["failure"] for record in outcome.records] == [None] * 5
+    assert outcome.ended_early is None
+    assert records.read(results) == list(outcome.records)
+
+
+def test_the_device_says_what_the_host_says_for_the_same_seed(
+    outcome: BenchOutcome, bundle: Bundle
+) -> None:
+    """Token for token: the same programs, random numbers and loop."""
+    host = json.loads(
+        pocketdiff(
+            *("generate", "--bundle", bundle.folder, "--prompt", PROMPT, "--seed", PLAN.seed),
+            *("--max-new-tokens", bundle.manifest.model.canvas_length, "--no-live", "--json"),
+        ).splitlines()[-1]
+    )
+    [natural] = of_pass(outcome, "natural")
+    assert natural["result"]["tokens"] == host["tokens"]
+    assert natural["result"]["text"] == host["text"]
+    assert [len(c["steps"]) for c in natural["result"]["canvases"]] == [
+        len(c["steps"]) for c in host["canvases"]
+    ]
+
+
+def test_repeats_of_one_seed_have_the_same_tokens(outcome: BenchOutcome) -> None:
+    tokens = {tuple(record["result"]["tokens"]) for record in of_pass(outcome, "speed")}
+    assert len(tokens) == 1
+
+
+def test_the_speed_metrics_are_there_and_sane(outcome: BenchOutcome, bundle: Bundle) -> None:
+    canvas_length = bundle.manifest.model.canvas_length
+    for record in of_pass(outcome, "speed"):
+        metrics, result = record["metrics"], record["result"]
+        assert len(record["steps"]) == PLAN.force_steps
+        assert 0 < metrics["step_ms_p5"] <= metrics["step_ms"] <= metrics["step_ms_p95"]
+        assert metrics["step_ms"] <= metrics["first_draft_ms"] <= result["first_commit_ms"]
+        assert result["first_commit_ms"] <= result["total_ms"]
+        assert metrics["load_warm_ms"] > 0
+        assert metrics["prefill_tokens_per_s"] > 0
+        assert all(0 <= step["accepted"] <= canvas_length for step in record["steps"])
+        assert metrics["delegated_operators"] > metrics["portable_operators"]
+    [natural] = of_pass(outcome, "natural")
+    metrics = natural["metrics"]
+    assert 1 <= metrics["steps_per_canvas"] <= 48
+    assert 0 < metrics["tokens_per_s"] <= metrics["tokens_per_s_with_padding"]
+    assert metrics["tokens_per_forward"] * metrics["steps_per_canvas"] <= canvas_length
+    [cold] = of_pass(outcome, "cold")
+    assert cold["metrics"]["load_cold_ms"] > 0
+
+
+def test_memory_stays_within_the_budget_and_its_parts_add_up(
+    outcome: BenchOutcome, bundle: Bundle, request: pytest.FixtureRequest
+) -> None:
+    budget_bytes = request.config.getoption("--memory-budget") * 2**20
+    [record] = of_pass(outcome, "memory")
+    metrics = record["metrics"]
+    assert bundle.total_bytes < metrics["peak_rss_bytes"] <= budget_bytes
+    assert metrics["peak_pss_bytes"] <= metrics["peak_rss_bytes"]
+    assert len(record["memory"]) >= 2
+    for sample in record["memory"]:
+        parts = sample["anonymous_bytes"] + sample["file_bytes"]
+        assert parts == pytest.approx(sample["rss_bytes"], rel=0.02)
+    assert metrics["major_faults"] >= 0
+
+
+def test_conditions_and_sensors_stand_in_every_record(
+    outcome: BenchOutcome, deployment: Deployment
+) -> None:
+    for record in outcome.records:
+        conditions = record["conditions"]
+        assert conditions["threads"] == 1
+        assert conditions["bundle"]["sha256"] == deployment.bundle_sha256
+        assert conditions["device"]["cores"] >= 1
+        assert conditions["device"]["memory_bytes"] > 2**28
+        assert {"pocket_diffusion", "executorch"} <= set(conditions["versions"])
+        assert {sample["phase"] for sample in record["sensors"]} == {"before", "during", "after"}
+        assert record["gate"]["threshold_c"] == PLAN.max_temperature_c
+
+
+def test_a_finished_benchmark_resumed_runs_nothing(
+    outcome: BenchOutcome,
+    transport: Transport,
+    bundle: Bundle,
+    deployment: Deployment,
+    runner: Runner,
+    results: Path,
+) -> None:
+    again = benches.bench(transport, bundle, deployment, runner, PLAN, results, resume=True)
+    assert (again.skipped, again.records) == (5, ())
+
+
+def test_a_second_benchmark_is_refused_with_the_name_of_the_first(
+    transport: Transport, bundle: Bundle, deployment: Deployment, runner: Runner, tmp_path: Path
+) -> None:
+    with DeviceLock(transport, "the-first"), pytest.raises(DeviceBusy, match="the-first"):
+        benches.bench(transport, bundle, deployment, runner, PLAN, tmp_path / "results.jsonl")
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_the_report_tells_of_all_runs(outcome: BenchOutcome, results: Path) -> None:
+    page = report.to_html(records.read(results))
+    assert "<svg" in page
+    for record in outcome.records:
+        assert record["run_id"] in page
+
+
+def test_nothing_of_the_bundle_is_left_after_clean(
+    outcome: BenchOutcome,
+    transport: Transport,
+    deployment: Deployment,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Runs last: the other tests need the bundle. Other bundles on somebody's device stay."""
+    if request.config.getoption("--device") is not None:
+        assert clean(transport, deployment.bundle_id).bundles == 1
+    else:
+        transport.shell("mkdir -p /data/local/tmp/of_somebody_else")
+        assert clean(transport).bundles == 1
+        assert transport.stat(DEVICE_ROOT) is None
+        assert transport.stat("/data/local/tmp/of_somebody_else") is not None
+    assert deployment.bundle_id not in [found.bundle_id for found in deployed(transport)]
+    assert transport.stat(deployment.remote_folder) is None
