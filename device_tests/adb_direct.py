@@ -679,6 +679,10 @@ class _Deadline:
     def left_s(self) -> float:
         return self._at - time.monotonic()
 
+    def with_grace(self) -> _Deadline:
+        """For the rest of a packet that has begun: breaking off there costs the connection."""
+        return self if self.left_s() > _CLOSE_S else _Deadline(_CLOSE_S)
+
     def wait_s(self) -> float:
         """What is left for one wait; never 0, which libusb takes for without end."""
         left = self.left_s()
@@ -754,7 +758,7 @@ class _Link:
             self.is_whole = False
             self._write(header, deadline)
             if data:
-                self._write(data, deadline)
+                self._write(data, deadline.with_grace())
             self.is_whole = True
 
     def receive(self, deadline: _Deadline) -> _Packet:
@@ -771,7 +775,7 @@ class _Link:
                 f"{self.serial} sent a packet that adb does not know (header {header.hex()}): "
                 "what answers is no adbd, or the connection is damaged"
             )
-        data = self._read(length, deadline) if length else b""
+        data = self._read(length, deadline.with_grace()) if length else b""
         self.is_whole = True
         if self._checksums_in and _checksum(data) != total:
             raise ProtocolError(
