@@ -40,6 +40,9 @@ Record = Mapping[str, Any]
 WIDTH_IN, HEIGHT_IN = 4.5, 2.9
 """Small, so that 8.5 points are still readable when a phone shows the plot in its full width."""
 
+MAXIMUM_POINTS = 1500
+"""Marks in one plot at most: more make a page of megabytes, and hide each other."""
+
 # Each colour is a place holder that leaves as a variable of the style sheet.
 _INK, _FAINT, _PAPER, _BAD = "#010203", "#010204", "#010205", "#010206"
 _SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
@@ -176,12 +179,24 @@ def _colours(count: int) -> Iterator[tuple[int, str]]:
 
 
 def _key(axes: Axes, columns: int = 3) -> None:
-    """A legend under the plot, where it hides nothing."""
+    """A legend under the plot, where it hides nothing; none for more lines than there are
+    colours, which nobody could tell apart."""
     handles, labels = axes.get_legend_handles_labels()
-    if handles:
+    if 0 < len(handles) <= len(_SERIES) + 1:
         axes.figure.legend(
             handles, labels, loc="outside lower center", ncols=columns, handlelength=1.4
         )
+
+
+def _run_names(records: Sequence[Record]) -> list[str]:
+    """`repeat 3`, or, where benches were put together and repeats come twice, `run 3`."""
+    repeats = [record["repeat"] for record in records if record["status"] == "ok"]
+    if len(set(repeats)) < len(repeats):
+        return [f"run {number}" for number in range(1, len(records) + 1)]
+    failed = (" (failed)" if record["status"] != "ok" else "" for record in records)
+    return [
+        f"repeat {record['repeat']}{mark}" for record, mark in zip(records, failed, strict=True)
+    ]
 
 
 def _paint_steps(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
@@ -192,11 +207,13 @@ def _paint_steps(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     if not runs and not failed:
         raise NothingToDraw("No speed run has denoising steps, so there are no step times to show.")
     axes = figure.subplots()
+    names = _run_names([record for record, _ in runs])
+    marker = "o-" if sum(len(times) for _, times in runs) <= MAXIMUM_POINTS else "-"
     for index, colour in _colours(len(runs)):
-        record, times = runs[index]
+        times = runs[index][1]
         axes.plot(
-            range(1, len(times) + 1), times, "o-", color=colour, linewidth=0.9,
-            label=f"repeat {record['repeat']}",
+            range(1, len(times) + 1), times, marker, color=colour, linewidth=0.9,
+            label=names[index],
         )  # fmt: skip
     for index, (_, times) in enumerate(failed):
         axes.plot(
@@ -341,20 +358,24 @@ def _series(
 
 
 def _sensor_lines(axes: Axes, found: list[tuple[Record, list[tuple[float, float, str]]]]) -> None:
+    names = _run_names([record for record, _ in found])
+    has_markers = sum(len(points) for _, points in found) <= MAXIMUM_POINTS
     for index, colour in _colours(len(found)):
         record, points = found[index]
         if not points:
             continue
-        is_ok = record["status"] == "ok"
-        colour = colour if is_ok else _BAD
-        times, numbers, phases = zip(*points, strict=True)
+        colour = colour if record["status"] == "ok" else _BAD
         axes.plot(
-            times, numbers, "-", color=colour, linewidth=0.9,
-            label=f"repeat {record['repeat']}" + ("" if is_ok else " (failed)"),
+            [t_s for t_s, _, _ in points], [number for _, number, _ in points], "-", color=colour,
+            linewidth=0.9, label=names[index],
         )  # fmt: skip
-        for time, number, phase in zip(times, numbers, phases, strict=True):
-            face = colour if phase == "during" else _PAPER
-            axes.plot(time, number, "o", color=colour, markerfacecolor=face)
+        for is_during in (True, False):
+            marked = [p for p in points if (p[2] == "during") == is_during]
+            if marked and (has_markers or not is_during):
+                axes.plot(
+                    [t_s for t_s, _, _ in marked], [number for _, number, _ in marked], "o",
+                    color=colour, markerfacecolor=colour if is_during else _PAPER,
+                )  # fmt: skip
 
 
 def _paint_step_spread(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
@@ -362,6 +383,7 @@ def _paint_step_spread(figure: Figure, records: Sequence[Record]) -> tuple[str, 
     if not runs:
         raise NothingToDraw("No speed run has denoising steps, so there is no distribution.")
     axes = figure.subplots()
+    stride = -(-sum(len(times) for _, times in runs) // MAXIMUM_POINTS)
     axes.boxplot(
         [times for _, times in runs], positions=range(len(runs)), widths=0.5, showfliers=False,
         whis=(5, 95), boxprops={"color": _INK}, whiskerprops={"color": _INK},
@@ -369,15 +391,20 @@ def _paint_step_spread(figure: Figure, records: Sequence[Record]) -> tuple[str, 
     )  # fmt: skip
     for index, colour in _colours(len(runs)):
         times = runs[index][1]
+        shown = range(0, len(times), stride)
         # Spread sideways by the order of the steps, so that points do not hide each other.
-        places = [index - 0.2 + 0.4 * step / max(1, len(times) - 1) for step in range(len(times))]
-        axes.plot(places, times, "o", color=colour, markersize=2.5, alpha=0.8)
-    axes.set_xticks(range(len(runs)), [str(record["repeat"]) for record, _ in runs])
-    axes.set(xlabel="repeat", ylabel="step, ms")
+        places = [index - 0.2 + 0.4 * step / max(1, len(times) - 1) for step in shown]
+        drawn = [times[step] for step in shown]
+        axes.plot(places, drawn, "o", color=colour, markersize=2.5, alpha=0.8)
+    names = [name.split(maxsplit=1) for name in _run_names([record for record, _ in runs])]
+    every = -(-len(runs) // 12)
+    axes.set_xticks(range(0, len(runs), every), [number for _, number in names[::every]])
+    axes.set(xlabel=names[0][0], ylabel="step, ms")
     axes.grid(axis="x", visible=False)
+    drawn = "Every step" if stride == 1 else f"One step in {stride}"
     caption = (
-        "Every step of every repeat, in its order from left to right. Box: quartiles and median; "
-        "whiskers: 5th and 95th percentile. The axis does not begin at 0."
+        f"{drawn} of every repeat, in its order from left to right. Box: quartiles and median of "
+        "all steps; whiskers: 5th and 95th percentile. The axis does not begin at 0."
     )
     return caption, f"Strip and box plot of the step times of {len(runs)} repeats. {caption}"
 

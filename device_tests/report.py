@@ -232,7 +232,9 @@ def _group(found: Configuration) -> Group:
         for name in ("manufacturer", "model")
         if leaves[f"device.{name}"]
     )
-    title = f"{plain(leaves['bundle.name'], 60)} on {model or plain(leaves['device.serial'], 60)}, "
+    if not model:
+        model = plain(leaves["device.soc"] or leaves["device.serial"], 60)
+    title = f"{plain(leaves['bundle.name'], 60)} on {model}, "
     title += (
         "runtime's choice of threads"
         if threads is None
