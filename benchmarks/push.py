@@ -1,0 +1,176 @@
+"""Speed of a push: our two transports against the real `adb` client, to the same device and file.
+
+    python -m benchmarks.push --work FOLDER
+
+Starts a local device (Debian's adbd, /data in memory) and an adb server of its own on a free port,
+and pushes one random file in turn by every way, each round beginning with another one. `adb` is
+the client that comes with adbutils, as it is and with compression off (-Z); ours write the whole
+file in one call, or in the 64 MiB chunks of `pocketdiff push`, hashing not included. After the
+first round each way's file is compared by SHA-256 on the device.
+
+stdout: a table for people; the last line is one JSON document.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import adbutils
+
+from device_tests import adb_direct, adb_server
+from device_tests.deploy import CHUNK_BYTES
+from device_tests.local_device import CACHE_VARIABLE, LocalDevice, cache_folder
+from device_tests.transport import Transport
+
+REMOTE = "/data/local/tmp/benchmark_push"
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the random file")
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    source = arguments.work / f"random-{arguments.mib}.bin"
+    digest = _random_file(source, arguments.mib * MIB)
+    with tempfile.TemporaryDirectory() as folder:
+        _private_server_environment(folder)
+        with LocalDevice(folder, data_bytes=(arguments.mib + 256) * MIB) as device:
+            try:
+                adb_server.start_server()
+                seconds = _measure(device, source, digest, arguments.rounds)
+            finally:
+                subprocess.run([adbutils.adb_path(), "kill-server"], check=False)
+    _report(arguments, seconds)
+
+
+def _random_file(path: Path, size_bytes: int) -> str:
+    """Its SHA-256; a file of that size that is there already is used again."""
+    if not path.exists() or path.stat().st_size != size_bytes:
+        with path.open("wb") as file:
+            for _ in range(size_bytes // MIB):
+                file.write(os.urandom(MIB))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _private_server_environment(home: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ[CACHE_VARIABLE] = str(cache_folder())
+    os.environ.pop("ADB_SERVER_SOCKET", None)
+    os.environ.update(ANDROID_ADB_SERVER_PORT=str(port), HOME=home, ADB_USB="0", ADB_MDNS="0")
+
+
+def _measure(device: LocalDevice, source: Path, digest: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round by way."""
+    server = adb_server.open_server(device.serial)
+    direct = adb_direct.open_tcp("127.0.0.1", device.port)
+    adb = [adbutils.adb_path(), "-s", device.serial, "push"]
+    ways: dict[str, Callable[[], None]] = {
+        "adb push": lambda: _adb([*adb, str(source), REMOTE]),
+        "adb push -Z": lambda: _adb([*adb, "-Z", str(source), REMOTE]),
+        "server, one call": lambda: _push(server, source, None),
+        "server, chunks": lambda: _push(server, source, CHUNK_BYTES),
+        "direct, one call": lambda: _push(direct, source, None),
+        "direct, chunks": lambda: _push(direct, source, CHUNK_BYTES),
+    }
+    names = list(ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            print(f"round {number + 1}: {name}", file=sys.stderr)
+            server.shell(f"rm -f {REMOTE}")
+            begin = time.perf_counter()
+            ways[name]()
+            seconds[name].append(time.perf_counter() - begin)
+            if number == 0:
+                there = server.shell(f"sha256sum {REMOTE}", timeout_s=300).text.split()
+                if there[:1] != [digest]:
+                    raise SystemExit(f"{name}: the file on the device is another: {there}")
+    direct.close()
+    return seconds
+
+
+def _adb(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _push(transport: Transport, source: Path, chunk_bytes: int | None) -> None:
+    size = source.stat().st_size
+    step = chunk_bytes or size
+    with source.open("rb") as file:
+        for offset in range(0, size, step):
+            transport.push(file, REMOTE, min(step, size - offset), offset=offset)
+
+
+def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{arguments.mib} MiB to one adbd on loopback, {arguments.rounds} rounds in turn",
+        title_justify="left",
+    )
+    headings = ("way", "median MiB/s", "slowest", "fastest", "of adb push", "of adb push -Z")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {
+        name: {base: medians[base] / median for base in ("adb push", "adb push -Z")}
+        for name, median in medians.items()
+    }
+    for name, times in seconds.items():
+        rates = [arguments.mib / value for value in (medians[name], max(times), min(times))]
+        table.add_row(
+            name,
+            *(f"{rate:.0f}" for rate in rates),
+            *(f"{ratio:.2f}" for ratio in ratios[name].values()),
+        )
+    console = Console(width=100)
+    console.print(table)
+    console.print("ratios: of the medians; more than 1 is faster than adb")
+    conditions = {
+        "mib": arguments.mib,
+        "rounds": arguments.rounds,
+        "chunk_mib": CHUNK_BYTES // MIB,
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "load_average_at_end": os.getloadavg(),
+        "python": platform.python_version(),
+        "adbutils": version("adbutils"),
+        "adb_shell": version("adb-shell"),
+    }
+    document = {
+        "benchmark": "push",
+        "conditions": conditions,
+        "seconds": {name: [round(t, 4) for t in times] for name, times in seconds.items()},
+        "ratios_of_medians": ratios,
+    }
+    print(json.dumps(document, separators=(",", ":")))
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()
