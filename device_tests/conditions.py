@@ -1,7 +1,7 @@
 """What a device is and at which clocks it may run: the commands that ask, their answers parsed.
 
-The parsers are pure functions on text, for Android (`getprop`) and other Linux. What a device says of itself is
-untrusted: it is kept as text of limited length and believed nowhere.
+The parsers are pure functions on text, for Android (`getprop`) and other Linux. What a device says
+of itself is untrusted: it is kept as text of limited length and believed nowhere.
 """
 
 from __future__ import annotations

@@ -159,16 +159,20 @@ def test_a_finished_benchmark_resumed_runs_nothing(
 def test_a_second_benchmark_is_refused_with_the_name_of_the_first(
     transport: Transport, bundle: Bundle, deployment: Deployment, runner: Runner, tmp_path: Path
 ) -> None:
+    results = tmp_path / "results.jsonl"
     with DeviceLock(transport, "the-first"), pytest.raises(DeviceBusy, match="the-first"):
-        benches.bench(transport, bundle, deployment, runner, PLAN, tmp_path / "results.jsonl")
-    assert not (tmp_path / "results.jsonl").exists()
+        benches.bench(transport, bundle, deployment, runner, PLAN, results)
+    assert not results.exists() or records.read(results) == []
 
 
-def test_the_report_tells_of_all_runs(outcome: BenchOutcome, results: Path) -> None:
-    page = report.to_html(records.read(results))
-    assert "<svg" in page
+def test_the_report_tells_of_all_runs(outcome: BenchOutcome, bundle: Bundle, results: Path) -> None:
+    found = records.read(results)
+    summary = json.dumps(report.to_json(report.summarize(found)))
     for record in outcome.records:
-        assert record["run_id"] in page
+        assert record["run_id"] in summary
+    page = report.to_html(found)
+    assert "<svg" in page
+    assert bundle.manifest.model.name in page
 
 
 def test_nothing_of_the_bundle_is_left_after_clean(
