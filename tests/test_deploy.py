@@ -795,3 +795,48 @@ def test_chunks_beyond_4_gib_are_hashed_where_they_are(tmp_path: Path) -> None:
         runs, str(path), 5 * 2**30, path.stat().st_size, 64 * 2**20
     )
     assert found == hashlib.sha256(b"here").hexdigest()
+
+
+def test_a_file_beyond_4_gib_goes_on_at_its_end(
+    device: FolderTransport, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real sizes and offsets on sparse files; only the hashing of gigabytes is left out."""
+    size = 5 * 2**30 + 123
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    bundle = make_bundle(tmp_path / "bundle", {"huge": b"h"})
+    digest = bundle.files["huge"].sha256
+    bundle = Bundle(bundle.folder, bundle.manifest, {"huge": FileEntry(size, digest)}, False)
+    (bundle.folder / "bundle.json").write_text(json.dumps(bundle.to_json()))
+    with bundle.path("huge").open("r+b") as file:
+        file.truncate(size)
+        file.seek(5 * 2**30)
+        file.write(b"the end")
+    part = Path(root, "staging", f"{digest}.part")
+    part.parent.mkdir(parents=True)
+    part.touch()
+    os.truncate(part, 5 * 2**30)
+
+    def same(*arguments: object) -> str:
+        return "same"
+
+    def chunks(run: object, path: str, begin: int, end: int, chunk: int) -> list[str]:
+        return ["same"] * -(-(end - begin) // chunk)
+
+    manifest = (bundle.folder / "bundle.json").read_bytes()
+    other = hashlib.sha256(manifest).hexdigest()
+    (tools / "sha256sum").write_text(
+        f"#!/bin/sh\n[ $(stat -L -c %s /dev/stdin) = {size} ] && echo {digest} || echo {other}\n"
+    )
+    (tools / "sha256sum").chmod(0o755)
+    monkeypatch.setattr(remote_files, "chunk_sha256s", chunks)
+    monkeypatch.setattr("device_tests.deploy._sha256_of_range", same)
+    device = FolderTransport(path=f"{tools}:{os.environ['PATH']}")
+    done = deploy(device, bundle, root=root, chunk_bytes=64 * 2**20)
+    assert (str(part), 5 * 2**30, 123) in device.pushed
+    assert done.bytes_sent == 123 + len(manifest)
+    assert done.bytes_present == 5 * 2**30
+    with Path(done.remote_folder, "huge").open("rb") as file:
+        file.seek(5 * 2**30)
+        assert file.read() == b"the end" + bytes(116)
+    assert deployed(device, root=root)[0].complete

@@ -1,6 +1,6 @@
 """Push to a real adbd through real breaks: a cut stream, a restart, a kill, a full file system.
 
-CPU only, no model; the local device and the transport of our own.
+CPU only, no model; the local device, by both transports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from device_tests.adb_direct import DirectTransport, open_tcp
+from device_tests.adb_direct import open_tcp
+from device_tests.adb_server import open_server
 from device_tests.deploy import Deployment, clean, deploy, deployed
 from device_tests.errors import StorageFull
 from device_tests.local_device import LocalDevice
@@ -28,7 +29,9 @@ from device_tests.local_device_fixture import (  # noqa: F401
     make_local_device,
 )
 from device_tests.remote_shell import DEVICE_ROOT, run_checked
+from device_tests.transport import Transport
 from export.bundle import Bundle, open_bundle
+from tests.private_adb_server import no_server, private_server  # noqa: F401
 from tests.test_deploy import make_bundle, random_bytes
 
 CHUNK = 1 << 20
@@ -59,21 +62,33 @@ def whole_bytes(bundle: Bundle) -> int:
     return bundle.total_bytes + (bundle.folder / "bundle.json").stat().st_size
 
 
+@pytest.fixture(params=["tcp", "server"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A connection of our own, or an adb server of the test's own."""
+    if request.param == "server":
+        request.getfixturevalue("private_server")
+    return request.param
+
+
 @contextmanager
-def connected(port: int) -> Iterator[DirectTransport]:
-    with open_tcp("127.0.0.1", port) as transport:
+def connected(port: int, kind: str = "tcp") -> Iterator[Transport]:
+    serial = f"127.0.0.1:{port}"
+    transport = open_server(serial) if kind == "server" else open_tcp("127.0.0.1", port)
+    try:
         yield transport
+    finally:
+        transport.close()
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:  # noqa: F811
+def transport(local_device: LocalDevice, kind: str) -> Iterator[Transport]:  # noqa: F811
     """The session's device, with nothing of ours on it."""
-    with connected(local_device.port) as transport:
+    with connected(local_device.port, kind) as transport:
         run_checked(transport, f"rm -rf {DEVICE_ROOT}")
         yield transport
 
 
-def push(transport: DirectTransport, bundle: Bundle, **options: object) -> Deployment:
+def push(transport: Transport, bundle: Bundle, **options: object) -> Deployment:
     return deploy(transport, bundle, chunk_bytes=CHUNK, retry_s=20.0, **options)
 
 
@@ -145,7 +160,7 @@ def cable(local_device: LocalDevice) -> Iterator[Cable]:  # noqa: F811
 
 def test_push_again_list_and_clean(
     local_device: LocalDevice,  # noqa: F811
-    transport: DirectTransport,
+    transport: Transport,
     bundle: Bundle,
 ) -> None:
     done = push(transport, bundle)
@@ -161,12 +176,13 @@ def test_push_again_list_and_clean(
 @pytest.mark.parametrize("after", [1, 2 * CHUNK + CHUNK // 2, HEAD_BYTES])
 def test_a_cut_stream_costs_at_most_a_chunk(
     local_device: LocalDevice,  # noqa: F811
-    transport: DirectTransport,
+    transport: Transport,
     cable: Cable,
     bundle: Bundle,
     after: int,
+    kind: str,
 ) -> None:
-    with connected(cable.port) as through:
+    with connected(cable.port, kind) as through:
         done = push(through, bundle, progress=once(after, cable.cut))
     assert done.reconnections == 1
     assert done.bytes_sent <= whole_bytes(bundle) + CHUNK
@@ -175,7 +191,7 @@ def test_a_cut_stream_costs_at_most_a_chunk(
 
 def test_a_killed_push_goes_on_in_the_next_process(
     local_device: LocalDevice,  # noqa: F811
-    transport: DirectTransport,
+    transport: Transport,
     bundle: Bundle,
 ) -> None:
     after = 3 * CHUNK + CHUNK // 2
@@ -199,9 +215,10 @@ def test_a_killed_push_goes_on_in_the_next_process(
 def test_a_restarted_device_is_waited_for(
     make_local_device: MakeLocalDevice,  # noqa: F811
     bundle: Bundle,
+    kind: str,
 ) -> None:
     device = make_local_device()
-    with connected(device.port) as transport:
+    with connected(device.port, kind) as transport:
         done = push(transport, bundle, progress=once(2 * CHUNK + 5, device.restart))
     assert done.reconnections >= 1
     assert done.bytes_sent <= whole_bytes(bundle) + CHUNK
@@ -210,7 +227,7 @@ def test_a_restarted_device_is_waited_for(
 
 def test_bytes_that_change_on_the_storage_are_sent_again(
     local_device: LocalDevice,  # noqa: F811
-    transport: DirectTransport,
+    transport: Transport,
     bundle: Bundle,
 ) -> None:
     part = local_device.path(f"{DEVICE_ROOT}/staging/{bundle.files['head.pte'].sha256}.part")
@@ -230,11 +247,12 @@ def test_a_small_file_system(
     make_local_device: MakeLocalDevice,  # noqa: F811
     bundle: Bundle,
     tmp_path: Path,
+    kind: str,
 ) -> None:
     """Refused before anything is sent; filled by somebody else on the way; then with room."""
     device = make_local_device(data_bytes=40 * CHUNK)
     large = make_bundle(tmp_path / "large", {"head.pte": bytes(48 * CHUNK)})
-    with connected(device.port) as transport, connected(device.port) as somebody:
+    with connected(device.port, kind) as transport, connected(device.port) as somebody:
         with pytest.raises(StorageFull, match="MiB free, this bundle needs"):
             push(transport, large)
         assert clean(transport).bytes < CHUNK, "something was sent"
@@ -254,13 +272,14 @@ def test_a_small_file_system(
 
 def test_two_pushes_at_once(
     local_device: LocalDevice,  # noqa: F811
-    transport: DirectTransport,
+    transport: Transport,
     bundle: Bundle,
+    kind: str,
 ) -> None:
     done: list[Deployment] = []
 
     def one() -> None:
-        with connected(local_device.port) as own:
+        with connected(local_device.port, kind) as own:
             done.append(push(own, bundle))
 
     threads = [threading.Thread(target=one) for _ in range(2)]
