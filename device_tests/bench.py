@@ -233,7 +233,8 @@ def bench(
     """
     results = Path(results)
     workloads = {name: workload(plan, name, bundle.manifest) for name in PASSES}
-    earlier = records.read(results) if results.exists() else []
+    records.prepare(results)
+    earlier = records.read(results)
     bench_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with DeviceLock(transport, bench_id, gone_s=plan.gone_s) as lock:
         answer = patiently(
@@ -382,6 +383,8 @@ class _Bench:
             self._wait_until_cool(run, gate)
             if gate.timed_out:
                 failure: Failure | None = self._too_hot(gate)
+                if gate.reading is not None:
+                    samples.append(_sample_json(0.0, "before", gate.reading))
             else:
                 self.tell(
                     RunStarted(run, run_id, number, self.runs, self._eta_s(self.runs - number + 1))

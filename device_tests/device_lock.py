@@ -28,6 +28,8 @@ STALE_S = 600.0
 
 MAXIMUM_OWNER_BYTES = 1000
 
+_RELEASE_S = 5.0
+
 _OWNER = f"{LOCK_FOLDER}/owner.json"
 _BEAT = f"{LOCK_FOLDER}/beat"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -163,7 +165,8 @@ class DeviceLock:
             )
 
     def release(self) -> None:
-        """Give the lock back if it is still ours."""
+        """Give the lock back if it is still ours; a device that is away is not waited for long."""
+        self._gone_s = min(self._gone_s, _RELEASE_S)
         self._run(
             f"o=; {{ read -r o <{_OWNER}; }} 2>/dev/null\n"
             f'[ "$o" != {quote(self._owner)} ] || rm -rf {LOCK_FOLDER}\n'

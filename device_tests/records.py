@@ -50,6 +50,18 @@ class RecordError(UserError):
     """A results file that cannot be read, or a record that breaks the format."""
 
 
+def prepare(path: str | os.PathLike[str]) -> None:
+    """Make the file, empty, if it is not there; better known before a run than after it.
+
+    Raises OutputError if it cannot be written.
+    """
+    try:
+        with Path(path).open("ab"):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 def append(path: str | os.PathLike[str], record: Record) -> None:
     """Write `record` as the last line of `path` in one write, and have it on the disk on return.
 
@@ -79,9 +91,7 @@ def append(path: str | os.PathLike[str], record: Record) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); free space or give another file"
-        ) from error
+        raise _unwritable(path, error) from error
 
 
 def read(path: str | os.PathLike[str]) -> list[Record]:
@@ -136,6 +146,12 @@ def check(record: Record, where: str) -> None:
         # The schema's own sentence quotes the offending value, which may be long.
         reason = error.message if len(error.message) <= 200 else error.message[:200] + "..."
         raise RecordError(f"{where} breaks the format of records at {field} ({reason})")
+
+
+def _unwritable(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} cannot be written ({error.strerror}); free space or give another file"
+    )
 
 
 @functools.cache

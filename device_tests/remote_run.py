@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -186,9 +187,12 @@ class RemoteRun:
                 f"come back within {self._gone_s:g} s ({error})",
                 {"waited_s": self._gone_s},
             )
-        except RunnerProtocolError as error:
-            self.kill()
-            failure = Failure("internal", f"the runner broke its protocol: {error}")
+        except DeviceError as error:
+            with suppress(DeviceError):
+                self.kill()
+            broke = isinstance(error, RunnerProtocolError)
+            sentence = f"the runner broke its protocol: {error}" if broke else str(error)
+            failure = Failure("internal", sentence, {"error": type(error).__name__})
         return self._outcome(None, failure)
 
     def kill(self, gone_s: float | None = None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device_tests.adb_direct import DirectTransport, open_tcp
+from device_tests.deploy import Deployment
 from device_tests.local_device import LocalDevice
 from device_tests.remote_shell import quote
 from export.runner_protocol import RunRequest
@@ -102,3 +103,25 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < give_up, "it did not happen"
         time.sleep(0.02)
+
+
+QUICK = {"poll_s": 0.05, "gone_s": 5.0, "prompt_tokens": 4}
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A runner for a bench: two events, `extra` shell, a result."""
+
+    extra: str = ""
+    only: str = ""
+    """The extra is for runs with this in their name."""
+
+    def command(self, request: str) -> str:
+        run_id = request.split("/")[-2]
+        extra = self.extra if self.only in run_id else ""
+        script = f"{started(run_id)}{tell(step(1))}{extra}\n{result(run_id)}"
+        return ScriptRunner(script).command(request)
+
+
+DEPLOYMENT = Deployment("0" * 16, "0" * 64, "/data/none", 3, 10, 10, 0, 0.1, 0)
+"""For scripted runners, which need no bundle on the device."""
