@@ -2,7 +2,9 @@
 
 Stands in for a phone where there is none; it looks like one to adb (its own /data, processes that
 outlive the connection, a reboot with another boot id), and shows this machine's other files
-read-only, so that the Linux runner is there. What runs in it is laid out by `local_init`.
+read-only, so that the Linux runner is there. It asks no key: whoever can open a socket on this
+machine's loopback can use it, with the rights of the user who started it. Its tree is laid out by
+`local_init`.
 """
 
 from __future__ import annotations

@@ -110,13 +110,13 @@ def _show(entry: Path, place: Path) -> None:
 
 
 def build_root(root: Path, settings: dict[str, Any]) -> None:
-    """The device's tree at `root`: the host's read-only; /data, /tmp, /dev/shm and /proc its own.
+    """The device's tree at `root`: the host's read-only, but /data, /tmp, /dev and /proc its own.
 
     It is unbindable, so that a copy of the host's folder which holds `root` does not hold it again.
     """
     mount("device", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=16m")
     mount("none", root, None, MS_UNBINDABLE)
-    own = {"proc", "tmp", "data", "adbd"}
+    own = {"proc", "tmp", "data", "dev", "adbd"}
     for entry in sorted(Path("/").iterdir()):
         if entry.name not in own:
             _show(entry, root / entry.name)
@@ -126,8 +126,7 @@ def build_root(root: Path, settings: dict[str, Any]) -> None:
         (root / name).mkdir()
     mount("proc", root / "proc", "proc")
     mount("device", root / "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
-    if (root / "dev/shm").is_dir():
-        mount("device", root / "dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    _make_devices(root / "dev")
     bind(Path(settings["adbd_folder"]), root / "adbd")
     read_only(root / "adbd")
     if settings["data_bytes"] is None:
@@ -141,6 +140,20 @@ def build_root(root: Path, settings: dict[str, Any]) -> None:
     bind(Path(settings["boot_id"]), root / "proc/sys/kernel/random/boot_id")
     for source, target in settings["binds"].items():
         bind(Path(source), root / target.lstrip("/"))
+
+
+def _make_devices(dev: Path) -> None:
+    """The harmless device nodes only: none of the host's disks, and nothing of its to remove."""
+    mount("device", dev, "tmpfs", MS_NOSUID, "mode=755,size=1m")
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
+        bind(Path("/dev") / name, dev / name)
+    for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
+        (dev / name).symlink_to(f"/proc/self/{target}")
+    for name in ("shm", "pts"):
+        (dev / name).mkdir()
+    mount("device", dev / "shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    mount("device", dev / "pts", "devpts", MS_NOSUID, "newinstance,ptmxmode=0666,mode=620")
+    (dev / "ptmx").symlink_to("pts/ptmx")
 
 
 def enter_root(root: Path) -> None:

@@ -53,8 +53,17 @@ def test_shows_this_machine_read_only(local_device: LocalDevice, tmp_path: Path)
     assert "Read-only file system" in say(local_device, "touch /probe-of-etc /etc/probe")
     assert not (REPOSITORY / "probe").exists()
     say(local_device, "touch /tmp/only-on-the-device /dev/shm/only-on-the-device")
+    say(local_device, "rm -f /dev/zero /dev/full")
+    assert Path("/dev/zero").is_char_device() and Path("/dev/full").is_char_device()
+    disks = say(local_device, "find /dev -type b; ls /dev/mem /dev/kmsg").splitlines()
+    assert len(disks) == 2 and all("No such file" in line for line in disks)
     assert not Path("/tmp/only-on-the-device").exists()
     assert not Path("/dev/shm/only-on-the-device").exists()
+
+
+def test_has_terminals(local_device: LocalDevice) -> None:  # noqa: F811
+    code = "import os; print(os.ttyname(os.openpty()[1]))"
+    assert say(local_device, f"{sys.executable} -I -S -c '{code}'").startswith("/dev/pts/")
 
 
 def test_listens_on_loopback_only(local_device: LocalDevice) -> None:  # noqa: F811
