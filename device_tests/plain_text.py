@@ -16,6 +16,8 @@ MAXIMUM_CHARACTERS = 300
 _NONE = {"threads": "the runtime's choice", "settings": "the bundle's own"}
 """What it means that a condition has no value."""
 
+_UNITS = {"_s": "s", "_c": "°C"}
+
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]#|~!$@^])")
 
 
@@ -83,11 +85,24 @@ def condition(leaf: str, value: Any) -> str:
         return "yes" if value else "no"
     if name.endswith("bytes") and isinstance(value, int):
         return f"{value:,} bytes ({quantity(value, 'bytes')})"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and leaf.startswith("clocks"):
         return _cores(value)
-    if isinstance(value, float):
-        return number(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{plain(key, 40)} {plain(item, 40)}" for key, item in value.items())
+    if isinstance(value, (int, float)):
+        return f"{value if isinstance(value, int) else f'{value:.15g}'} {_unit(name)}".rstrip()
     return plain(value)
+
+
+def field_name(field: str) -> str:
+    """The name of a field for people, without the unit, which is in the value."""
+    unit = _unit(field)
+    bare = field.rpartition("_")[0] if unit or field.endswith(("_bytes", "_mhz")) else field
+    return bare.replace("_", " ")
+
+
+def _unit(name: str) -> str:
+    return next((unit for suffix, unit in _UNITS.items() if name.endswith(suffix)), "")
 
 
 def _cores(values: Mapping[str, Any]) -> str:
@@ -95,7 +110,7 @@ def _cores(values: Mapping[str, Any]) -> str:
     names: dict[str, list[str]] = {}
     for name, value in values.items():
         shown = (
-            " to ".join(number(part) for part in value) + " MHz"
+            " to ".join(f"{part:.10g}" for part in value) + " MHz"
             if isinstance(value, list) and all(isinstance(part, (int, float)) for part in value)
             else plain(value if isinstance(value, str) else json.dumps(value))
         )

@@ -16,7 +16,6 @@ from device_tests import plain_text
 from device_tests.configuration import (
     Configuration,
     Record,
-    condition_of,
     configurations,
 )
 from device_tests.metrics import (
@@ -278,6 +277,10 @@ def _notes(found: Configuration) -> Iterable[str]:
             f"{plain(leaf)} was not the same in all runs: {len(counts)} values over "
             f"{len(records)} runs; the runs are kept together, compare refuses them"
         )
+    results = [record["result"] for record in records if record["status"] == "ok"]
+    chosen = Counter(plain(result.get("threads"), 20) for result in results)
+    if found.leaves["threads"] is None and chosen:
+        yield f"the runtime chose its threads: {', '.join(chosen)}"
     unseen = [record for record in records if record["gate"]["sensor"] is None]
     if unseen:
         yield (
@@ -467,16 +470,18 @@ def to_html(records: Iterable[Record]) -> str:
         groups=list(zip(summary.groups, figures, strict=True)),
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
         celsius=lambda number: quantity(number, "°C"),
-        seconds=lambda number: quantity(number, "s"),
+        seconds=lambda number: f"{number:,.1f} s",
         condition_groups=_by_condition,
     )
 
 
 def _by_condition(group: Group) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The conditions of a group under their names, each field without that name."""
+    """The conditions of a group under their names; the unit is in the value and leaves the name."""
     found: dict[str, list[tuple[str, str]]] = {}
     for leaf, shown in group.conditions:
-        name = condition_of(leaf)
-        field = leaf.partition(".")[2] or name
-        found.setdefault(name, []).append((field.replace("_", " "), shown))
+        name, _, field = leaf.partition(".")
+        if field and name not in ("polling", "gate"):
+            found.setdefault(name, []).append((plain_text.field_name(field), shown))
+        else:
+            found.setdefault("run", []).append((plain_text.field_name(field or name), shown))
     return list(found.items())

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from device_tests import report
 from device_tests.configuration import configurations, device_serial
 from device_tests.metrics import step_times
-from device_tests.plain_text import markdown, plain, quantity
+from device_tests.plain_text import condition, markdown, plain, quantity
 from tests import record_samples
 from tests.record_samples import FAILURE, HOSTILE, bench, run
 
@@ -169,6 +169,32 @@ def test_clocks_that_changed_on_the_way_are_told():
     (group,) = report.summarize(records).groups
     notes = " ".join(group.notes)
     assert "clocks.limits_mhz was not the same" in notes and "charging was not the same" in notes
+
+
+def test_threads_that_the_runtime_chose_are_told():
+    (group,) = report.summarize(bench(threads=None)).groups
+    assert "the runtime chose its threads: 2" in group.notes
+    assert group.title.endswith("runtime's choice of threads")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "shown"),
+    [
+        ("threads", None, "the runtime's choice"),
+        ("charging", None, "not told"),
+        ("charging", False, "no"),
+        ("polling.poll_s", 0.5, "0.5 s"),
+        ("gate.threshold_c", 45.0, "45 °C"),
+        ("workload.seed", 2**64 - 1, "18446744073709551615"),
+        ("workload.settings", {"t_min": 0.1}, "t_min 0.1"),
+        ("device.memory_bytes", 2**20, "1,048,576 bytes (1.0 MiB)"),
+        ("clocks.governor", {"cpu0": "walt", "cpu1": "walt", "cpu2": "off"},
+         "walt: cpu0, cpu1; off: cpu2"),
+        ("clocks.limits_mhz", {"cpu0": [300, 2200.5]}, "300 to 2200.5 MHz: cpu0"),
+    ],
+)  # fmt: skip
+def test_conditions_for_people(leaf, value, shown):
+    assert condition(leaf, value) == shown
 
 
 def test_no_thermal_sensor_is_told():

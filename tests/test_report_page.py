@@ -122,6 +122,20 @@ def test_little_or_nothing_makes_a_page_too(records):
     assert f"{len(records)} run" in page
 
 
+def test_many_long_repeats_make_no_page_of_megabytes():
+    page = report.to_html(bench(speed=30, steps=40, canvases=4))
+    assert page.count("<use") < 10 * plots.MAXIMUM_POINTS
+    assert len(page) < 1_500_000
+    assert "One step in 4 of every repeat" in page
+
+
+def test_benches_put_together_number_their_runs():
+    drawn = plots.draw_all([*bench(), *bench(bench_id="bench-2", seed=1)], "p")
+    steps = next(plot for plot in drawn if plot.name == "step-spread")
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", str(steps.svg))
+    assert {str(number) for number in range(1, 11)} <= set(labels) and "run" in labels
+
+
 def test_colours_of_plots_are_the_style_sheets(page):
     style = (Path(report.__file__).parent / "report.css").read_text(encoding="utf-8")
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
