@@ -40,6 +40,7 @@ from device_tests.errors import (
     StorageFull,
 )
 from device_tests.transport import Kind, Progress, RemoteStat, ShellResult
+from quantize.errors import DeviceError
 
 DEFAULT_PORT = 5037
 STALL_S = 60.0
@@ -54,6 +55,8 @@ _SENT_FRAME_BYTES = 256 * 1024
 _COMMAND_BYTES = 0xFFFF  # the length of a request to the server is 4 hexadecimal digits
 _TWO_STREAMS_FROM_BYTES = 8 * 2**20
 _BLOCK_BYTES = 2**20
+_MAXIMUM_SAID_BYTES = 64 * 1024
+_MAXIMUM_HEAD_BYTES = 2**30  # toybox's head counts in an int
 _PROBE_S = 3.0
 _START_S = 30.0
 _EXIT_ABSENT = 44
@@ -309,14 +312,15 @@ class ServerTransport:
                     f"{_short(command)}; let it write into a file and pull that"
                 )
 
-        with self._running(command) as stream:
-            stream.deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
+        with self._running(command, timeout_s) as stream:
+            stream.deadline = deadline
             stream.send(_CLOSE_STDIN)
             code = stream.until_exit(keep)
         return ShellResult(code, bytes(output[_STDOUT]), bytes(output[_STDERR]))
 
     @contextmanager
-    def _running(self, command: str) -> Iterator[_ShellStream]:
+    def _running(self, command: str, timeout_s: float = STALL_S) -> Iterator[_ShellStream]:
         encoded = command.encode()
         if len(encoded) + 16 > _COMMAND_BYTES or b"\0" in encoded:
             raise CommandFailed(
@@ -325,7 +329,7 @@ class ServerTransport:
             )
         self._need_shell_v2()
         with _translated(self._who, self.address):
-            connection = _client(self.address).make_connection()
+            connection = _client(self.address).make_connection(min(timeout_s, _START_S))
             try:
                 # Not AdbDevice.open_transport, which asks for the server's version each time.
                 connection.send_command(f"host:transport:{self.serial}")
@@ -417,7 +421,7 @@ class ServerTransport:
         said = bytearray()
 
         def keep(kind: int, data: memoryview) -> None:
-            said.extend(data[:4096])
+            said.extend(data[: _MAXIMUM_SAID_BYTES - len(said)])
 
         with self._running(command) as stream:
             left = length
@@ -453,22 +457,47 @@ class ServerTransport:
         progress: Progress | None = None,
     ) -> int:
         """See Transport."""
+        advance = _Advance(progress)
+        if length is None:
+            self._pull_part(remote, destination, offset, None, advance)
+        else:
+            while advance.total < length:
+                part = min(length - advance.total, _MAXIMUM_HEAD_BYTES)
+                if self._pull_part(remote, destination, offset + advance.total, part, advance):
+                    break
+        return advance.total
+
+    def _pull_part(
+        self,
+        remote: str,
+        destination: BinaryIO,
+        offset: int,
+        length: int | None,
+        advance: _Advance,
+    ) -> bool:
+        """Whether the file ended before `length` bytes."""
         take = "cat" if length is None else f"head -c {length}"
         command = f"{{ dd bs=1 skip={offset} count=0 2>/dev/null; {take}; }} <{shlex.quote(remote)}"
-        advance = _Advance(progress)
+        before = advance.total
         said = bytearray()
 
         with self._running(command) as stream:
 
             def keep(kind: int, data: memoryview) -> None:
-                stream.deadline = time.monotonic() + STALL_S
                 if kind == _STDERR:
-                    said.extend(data[:4096])
+                    said.extend(data[: _MAXIMUM_SAID_BYTES - len(said)])
                     return
-                if length is not None and advance.total + len(data) > length:
+                if length is not None and advance.total - before + len(data) > length:
                     raise ProtocolError(f"{self._who} sent more of {remote} than was asked for")
-                destination.write(data)
+                try:
+                    destination.write(data)
+                except OSError as error:
+                    raise DeviceError(
+                        f"what is pulled from {self._who} cannot be written here ({error}); make "
+                        "room or choose another place"
+                    ) from error
                 advance(len(data))
+                stream.deadline = time.monotonic() + STALL_S
 
             stream.deadline = time.monotonic() + STALL_S
             stream.send(_CLOSE_STDIN)
@@ -477,7 +506,7 @@ class ServerTransport:
             lines = said.decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else f"exit code {code}"
             raise CommandFailed(f"{remote} on {self._who} could not be read: {reason}")
-        return advance.total
+        return length is not None and advance.total - before < length
 
     def stat(self, remote: str) -> RemoteStat | None:
         """See Transport."""
@@ -635,7 +664,12 @@ class _ReadChunks:
     def send(self, stream: _ShellStream, count: int) -> None:
         data = bytearray()
         while len(data) < count:
-            more = self._source.read(count - len(data))
+            try:
+                more = self._source.read(count - len(data))
+            except OSError as error:
+                raise DeviceError(
+                    f"what is to be pushed cannot be read ({error}); check the file here"
+                ) from error
             if not more:
                 raise CommandFailed(f"the source to push ends {count - len(data)} bytes early")
             data += more

@@ -35,6 +35,7 @@ from device_tests.local_device_fixture import (  # noqa: F401
     local_device,
     make_local_device,
 )
+from quantize.errors import DeviceError
 from tests.private_adb_server import no_server, private_server  # noqa: F401
 
 FOLDER = "/data/local/tmp"
@@ -220,7 +221,10 @@ def sha256(transport: ServerTransport, remote: str) -> str:
 
 @pytest.mark.parametrize("plain_file", [True, False], ids=["file", "stream"])
 def test_pieces_at_any_offset_make_the_file(
-    transport: ServerTransport, tmp_path: Path, plain_file: bool
+    transport: ServerTransport,
+    tmp_path: Path,
+    plain_file: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In another order, with unround lengths, over what is there; large enough for two streams."""
     data = random.Random(5).randbytes(20 * 2**20 + 12345)
@@ -246,9 +250,12 @@ def test_pieces_at_any_offset_make_the_file(
 
     back = io.BytesIO()
     assert transport.pull(remote, back) == len(data) and back.getvalue() == data
-    part = io.BytesIO()
-    assert transport.pull(remote, part, offset=12345, length=777) == 777
-    assert part.getvalue() == data[12345 : 12345 + 777]
+    monkeypatch.setattr(adb_server, "_MAXIMUM_HEAD_BYTES", 500)
+    for length in (777, 1000):
+        part = io.BytesIO()
+        assert transport.pull(remote, part, offset=12345, length=length) == length
+        assert part.getvalue() == data[12345 : 12345 + length]
+    assert transport.pull(remote, io.BytesIO(), offset=len(data) - 700, length=1500) == 700
     assert transport.pull(remote, io.BytesIO(), offset=len(data)) == 0
     transport.shell(f"rm '{path}'")
 
@@ -293,6 +300,22 @@ def test_a_file_that_cannot_be_written_says_why(
             transport.push(source, f"{FOLDER}/short", length + 1)
     with pytest.raises(CommandFailed, match="No such file"):
         transport.pull("/no/folder/file", io.BytesIO())
+
+
+def test_a_fault_here_is_not_taken_for_the_devices(transport: ServerTransport) -> None:
+    class Broken(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        def write(self, *_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DeviceError, match="cannot be read") as refused:
+        transport.push(Broken(), f"{FOLDER}/broken", 10)
+    assert refused.type is DeviceError
+    with pytest.raises(DeviceError, match="cannot be written here") as refused:
+        transport.pull("/proc/version", Broken())
+    assert refused.type is DeviceError
 
 
 def test_a_full_disk_is_an_error_of_its_own(
