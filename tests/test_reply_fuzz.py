@@ -363,7 +363,7 @@ def test_reply_is_read_wherever_packets_cut_it(
     assert read(cut(sent, at)) == (*expected, code)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=10))
 @example(b"\3\1\0\0\0\0more", [])
 @example(b"\3\2\0\0\0\0\0", [])
@@ -378,6 +378,16 @@ def test_any_reply_is_read_or_refused_the_same_wherever_it_is_cut(
             return "refused"
 
     assert outcome(cut(data, at)) == outcome([data])
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [frame(3, b""), frame(3, b"\0\0"), frame(0, b"x"), frame(4, b""), frame(3, b"\0") + b"x"],
+    ids=["no exit code", "two exit codes", "input", "end of input", "data after the end"],
+)
+def test_frame_that_no_adbd_sends_is_refused(sent: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        read([frame(1, b"out") + sent])
 
 
 @settings(max_examples=1000, deadline=None)
