@@ -208,6 +208,8 @@ def bench(
             f"{results} has runs already; give another --results, or --resume to go on with it"
         )
     bundle = _verified(folder)
+    for name in records.PASSES:  # refused before a device is looked for
+        benches.workload(plan, name, bundle.manifest)
     from scripts.bench_view import BenchView
 
     with _device(serial, via, local) as transport:
