@@ -96,7 +96,7 @@ def server_address() -> ServerAddress:
                 f"ADB_SERVER_SOCKET is {chosen!r}; only tcp:PORT and tcp:HOST:PORT are understood"
             )
         host, port = found["host"] or "127.0.0.1", found["port"]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ProtocolError(
             f"the port of the adb server is {port!r}; set it to a number up to 65535"
         )
@@ -525,7 +525,13 @@ class ServerTransport:
     @contextmanager
     def forward(self, remote: str) -> Iterator[int]:
         """See Transport."""
-        port = int(self._ask(f"forward:tcp:0;{remote}", block=True))
+        answer = self._ask(f"forward:tcp:0;{remote}", block=True)
+        if not re.fullmatch("[0-9]{1,5}", answer):
+            raise ProtocolError(
+                f"the adb server at {self.address} named {answer[:20]!r} as the port that leads to "
+                f"{remote}; update adb"
+            )
+        port = int(answer)
         try:
             yield port
         finally:

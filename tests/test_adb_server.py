@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import adbutils
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from device_tests import adb_server
 from device_tests.adb_server import ServerAddress, ServerTransport, open_server
@@ -35,6 +38,7 @@ from device_tests.local_device_fixture import (  # noqa: F401
     local_device,
     make_local_device,
 )
+from device_tests.transport import ShellResult
 from quantize.errors import DeviceError
 from tests.private_adb_server import no_server, private_server  # noqa: F401
 
@@ -170,6 +174,69 @@ def test_states_of_a_device_are_errors_of_their_own() -> None:
         transport.check("unauthorized")
     with pytest.raises(DeviceGone, match="is offline"):
         transport.check("offline")
+
+
+# Whatever the server answers, it is a DeviceError or a result.
+
+PIECES = st.sampled_from(
+    [b"OKAY", b"FAIL", b"0000", b"0004", b"ffff", b"zzzz", b"device offline", b"R58\tdevice\n",
+     b"\x01\x05\0\0\0hello", b"\x03\x01\0\0\0\0", b"\x02\xff\xff\xff\xff", b"\x03\0\0\0\0",
+     b"\x07\0\0\0\0"]
+)  # fmt: skip
+ANSWERS = st.lists(PIECES | st.binary(max_size=8), max_size=6).map(b"".join)
+
+
+@pytest.fixture(scope="module")
+def liar() -> Iterator[tuple[ServerAddress, list[bytes]]]:
+    """A server that says to each request what the list's only item is, and hangs up."""
+    answer = [b""]
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(1)
+                if connection.recv(4096):
+                    connection.sendall(answer[0])
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):
+                        pass
+
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield ServerAddress("127.0.0.1", listener.getsockname()[1]), answer
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@settings(max_examples=100, deadline=None)
+@given(answer=ANSWERS, greeted=st.booleans())
+@example(answer=b"OKAY\x01\x05\0\0\0hello\x03\x01\0\0\0\x02", greeted=True)
+def test_any_answer_is_a_result_or_a_device_error(
+    liar: tuple[ServerAddress, list[bytes]], answer: bytes, greeted: bool
+) -> None:
+    address, slot = liar
+    slot[0] = b"OKAY" * greeted + answer
+    transport = ServerTransport("R58", address)
+    transport._shell_v2 = True
+    fresh = ServerTransport("R58", address)
+    calls = [
+        lambda: transport.shell("true"),
+        lambda: transport.stat("/file"),
+        lambda: transport.push(io.BytesIO(b"data"), "/file", 4),
+        lambda: transport.pull("/file", io.BytesIO()),
+        lambda: transport.forward("tcp:1").__enter__(),
+        lambda: fresh.shell("true"),
+        lambda: adb_server.server_version(address),
+        lambda: adb_server.server_devices(address),
+    ]
+    for call in calls:
+        with contextlib.suppress(DeviceError):
+            call()
+    if answer == b"OKAY\x01\x05\0\0\0hello\x03\x01\0\0\0\x02":
+        assert transport.shell("true") == ShellResult(2, b"hello", b"")
 
 
 # The shell.
