@@ -9,6 +9,7 @@ machine's loopback can use it, with the rights of the user who started it. Its t
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -371,9 +372,29 @@ class LocalDevice:
     ) -> None:
         self.stop()
 
-    def _launch(self, program: Adbd) -> None:
+    def _take_folder(self) -> int:
+        """Make the folder, and lock it by a descriptor that the device's processes inherit."""
         for name in ("data", "root"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise LocalDeviceUnavailable(
+                f"another local device runs in {str(self.folder)!r}; stop it or choose another "
+                "folder"
+            ) from None
+        return lock
+
+    def _launch(self, program: Adbd) -> None:
+        lock = self._take_folder()
+        try:
+            self._launch_locked(program, lock)
+        finally:
+            os.close(lock)
+
+    def _launch_locked(self, program: Adbd, lock: int) -> None:
         (self.folder / "boot_id").write_text(f"{uuid.uuid4()}\n")
         settings = {
             "root": str(self.folder / "root"),
@@ -410,6 +431,7 @@ class LocalDevice:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
+                    pass_fds=[lock],
                 )
             except FileNotFoundError:
                 raise LocalDeviceUnavailable(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from device_tests.local_device import LocalDevice, kept
+from device_tests.local_device import LocalDevice, cache_folder, kept
 from quantize.errors import DeviceError
 from scripts.console import err_console, out_console
 
@@ -21,15 +21,19 @@ app = typer.Typer(
 )
 
 Folder = Annotated[
-    Path, typer.Option(help="where the device keeps its /data, its log and its state")
+    Path,
+    typer.Option(
+        default_factory=lambda: cache_folder() / "device",
+        show_default="in the user's cache",
+        help="Where the device keeps its /data, its log and its state.",
+    ),
 ]
-DEFAULT_FOLDER = Path("out/local_device")
 
 
 @app.command()
 def start(
-    folder: Folder = DEFAULT_FOLDER,
-    port: Annotated[int, typer.Option(help="on loopback; 0: a free one")] = 0,
+    folder: Folder,
+    port: Annotated[int, typer.Option(help="On loopback; 0: a free one.")] = 0,
 ) -> None:
     """Start the device and leave it running; prints its serial."""
     running = kept(folder)
@@ -39,7 +43,7 @@ def start(
 
 
 @app.command()
-def stop(folder: Folder = DEFAULT_FOLDER) -> None:
+def stop(folder: Folder) -> None:
     """End the device and everything on it; its files stay."""
     running = kept(folder)
     if running is None:
@@ -48,7 +52,7 @@ def stop(folder: Folder = DEFAULT_FOLDER) -> None:
 
 
 @app.command()
-def status(folder: Folder = DEFAULT_FOLDER) -> None:
+def status(folder: Folder) -> None:
     """Print the serial of the running device; exit code 1 if none runs."""
     running = kept(folder)
     if running is None:

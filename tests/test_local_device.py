@@ -169,27 +169,39 @@ def test_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     assert refuses(port)
 
 
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command line of the local device."""
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.local_device", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+    )
+
+
+@pytest.mark.usefixtures("local_adbd")
+def test_a_command_runs_beside_a_device_of_its_own() -> None:
+    done = command("run", "--", "sh", "-c", "echo $ANDROID_SERIAL; exit 4")
+    assert done.returncode == 4 and done.stdout.startswith("127.0.0.1:")
+    assert refuses(int(done.stdout.strip().rpartition(":")[2]))
+
+
 @pytest.mark.usefixtures("local_adbd")
 def test_a_kept_device_is_found_again_and_stopped(tmp_path: Path) -> None:
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "scripts.local_device", *words, "--folder", str(tmp_path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=REPOSITORY,
-        )
-
-    started = command("start")
+    folder = ("--folder", str(tmp_path))
+    started = command("start", *folder)
     device = kept(tmp_path)
     try:
         assert device is not None and started.stdout.strip() == device.serial
         assert say(device, "echo hello") == "hello\n"
-        assert command("status").stdout.strip() == device.serial
+        with pytest.raises(LocalDeviceUnavailable, match="another local device runs in"):
+            LocalDevice(tmp_path).start()
+        assert command("status", *folder).stdout.strip() == device.serial
     finally:
-        stopped = command("stop")
+        stopped = command("stop", *folder)
     assert stopped.returncode == 0 and kept(tmp_path) is None and refuses(device.port)
-    again = command("stop")
+    again = command("stop", *folder)
     assert again.returncode == 2 and "no local device runs" in again.stderr
 
 
