@@ -213,7 +213,7 @@ def clean(
 
 def _ours(run: Run, layout: Layout, only: str | None) -> tuple[list[str], list[str], list[str]]:
     """Paths of bundles, of what is staged, and of runs; with `only` those of that bundle."""
-    bundles = [name for name in remote_files.names(run, layout.bundles) if _BUNDLE_ID.match(name)]
+    bundles = remote_files.names(run, layout.bundles)
     staged = remote_files.names(run, layout.staging)
     runs = remote_files.names(run, layout.runs)
     folders = [name for name in staged if _STAGED_FOLDER.fullmatch(name)]

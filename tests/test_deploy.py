@@ -491,6 +491,20 @@ def test_a_staged_file_that_cannot_be_ours(
     assert outside.read_bytes() == b"precious"
 
 
+def test_within_a_chunk_sending_goes_on_at_a_whole_mebibyte(
+    device: FolderTransport, root: str, tmp_path: Path
+) -> None:
+    content = random_bytes(7 * 2**20)
+    bundle = make_bundle(tmp_path / "bundle", {"head.pte": content})
+    part = Path(root, "staging", f"{bundle.files['head.pte'].sha256}.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content[: 6 * 2**20 + 5])
+    done = deploy(device, bundle, root=root, chunk_bytes=4 * 2**20)
+    assert_whole(bundle, root)
+    assert device.pushed[0] == (str(part), 6 * 2**20, 2**20)
+    assert done.bytes_present == 6 * 2**20
+
+
 @pytest.mark.parametrize("kind", ["a link", "a folder", "wrong bytes"])
 def test_a_verified_file_that_is_none(
     bundle: Bundle, device: FolderTransport, root: str, tmp_path: Path, kind: str
