@@ -105,7 +105,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-QUICK = {"poll_s": 0.05, "gone_s": 5.0, "prompt_tokens": 4}
+QUICK = {"poll_s": 0.05, "gone_s": 5.0, "hang_s": 60.0, "prompt_tokens": 4}
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ class Scripted:
 
     extra: str = ""
     only: str = ""
-    """The extra is for runs with this in their name."""
+    """The extra is for runs whose name ends so."""
 
     def command(self, request: str) -> str:
         run_id = request.split("/")[-2]
-        extra = self.extra if self.only in run_id else ""
+        extra = self.extra if run_id.endswith(self.only) else ""
         script = f"{started(run_id)}{tell(step(1))}{extra}\n{result(run_id)}"
         return ScriptRunner(script).command(request)
 
