@@ -15,6 +15,7 @@ import numpy as np
 from device_tests import plain_text
 from device_tests.configuration import (
     CONDITIONS,
+    MAY_VARY,
     Record,
     canonical,
     condition_of,
@@ -77,11 +78,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A condition that is not the same: what A has, what B has, as text."""
+    """A condition that is not the same: what A has, what B has, as text.
+
+    mixed: it is not even the same within one side.
+    """
 
     leaf: str
     a: str
     b: str
+    mixed: bool = False
 
     @property
     def sentence(self) -> str:
@@ -141,7 +146,7 @@ def compare(
 
     across: names of CONDITIONS that differ on purpose. Raises CompareRefused for a name that is
     not one, for a side without runs, and, naming each condition with both values, for any other
-    condition that differs between the sides or within one.
+    condition that differs between the sides, and for any that differs within one.
     """
     a, b = list(records_a), list(records_b)
     across = tuple(across)
@@ -163,6 +168,12 @@ def compare(
             f"{'; '.join(found.sentence for found in refused)}; choose runs that agree, or say "
             f"that they differ on purpose with across {','.join(names)}"
         )
+    mixed = [found for found in differences if found.mixed and not _may_vary(found)]
+    if mixed:
+        raise CompareRefused(
+            "runs of one side were made under different conditions: "
+            f"{'; '.join(found.sentence for found in mixed)}; choose those of one configuration"
+        )
     rows = tuple(row for metric in METRICS if (row := _row(metric, a, b)) is not None)
     return Comparison(
         rows,
@@ -178,6 +189,11 @@ def compare(
             if r["status"] != "ok"
         ),
     )  # fmt: skip
+
+
+def _may_vary(found: Difference) -> bool:
+    """Whether it changes by itself within a bench, and may if it is named in across."""
+    return condition_of(found.leaf) in MAY_VARY
 
 
 def _failed(records: Sequence[Record]) -> int:
@@ -203,7 +219,9 @@ def _differences(a: Sequence[Record], b: Sequence[Record]) -> list[Difference]:
         for leaf in [*values_a, *(leaf for leaf in values_b if leaf not in values_a)]:
             one, other = values_a.get(leaf, {}), values_b.get(leaf, {})
             if len(one) != 1 or one.keys() != other.keys():
-                found.setdefault(leaf, Difference(leaf, _show(leaf, one), _show(leaf, other)))
+                mixed = max(len(one), len(other)) > 1
+                shown = _show(leaf, one), _show(leaf, other)
+                found.setdefault(leaf, Difference(leaf, *shown, mixed))
     return list(found.values())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,7 @@ from scripts.console import (
 
 if TYPE_CHECKING:
     from device_tests.deploy import Deployment
+    from device_tests.records import Record
     from device_tests.transport import Transport
     from export.bundle import Bundle
 
@@ -156,8 +157,8 @@ def bench(
         typer.Option(help="CPU threads; repeat it to measure several (default: the runtime's)."),
     ] = None,
     cold: Annotated[int, typer.Option(help="Runs that load from storage.")] = 1,
-    speed: Annotated[int, typer.Option(help="Runs with a fixed number of steps.")] = 5,
-    natural: Annotated[int, typer.Option(help="Runs that stop when the sampler is done.")] = 3,
+    speed: Annotated[int, typer.Option(help="Runs with a fixed number of steps.")] = 6,
+    natural: Annotated[int, typer.Option(help="Runs that stop when the sampler is done.")] = 6,
     memory: Annotated[int, typer.Option(help="Runs during which memory is sampled.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
     max_temperature: Annotated[
@@ -284,6 +285,13 @@ def report(
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="Results file that is the base.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Results file set beside it.")],
+    select_a: Annotated[
+        str,
+        typer.Option("--a", metavar="SELECT", help="Of A only these: threads=N,bundle=HASH."),
+    ] = "",
+    select_b: Annotated[
+        str, typer.Option("--b", metavar="SELECT", help="Of B only these, in the same way.")
+    ] = "",
     across: Annotated[
         str, typer.Option(metavar="NAMES", help="What differs on purpose, e.g. bundle,threads.")
     ] = "",
@@ -299,13 +307,31 @@ def compare(
 
     _check_target(markdown, overwrite)
     names = tuple(name.strip() for name in across.split(",") if name.strip())
-    found = comparing.compare(records.read(a), records.read(b), names)
+    found = comparing.compare(
+        _select(records.read(a), "--a", select_a), _select(records.read(b), "--b", select_b), names
+    )
     if markdown is not None:
         _write(markdown, comparing.to_markdown(found))
     if as_json:
         print_json(comparing.to_json(found))
         return
     out_console().print(comparing.to_rich(found))
+
+
+def _select(found: list[Record], option: str, text: str) -> list[Record]:
+    """The records that `threads=N,bundle=HASH`, or a part of it, means."""
+    from device_tests.configuration import select
+
+    wanted: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name == "threads" and value.isdecimal():
+            wanted[name] = int(value)
+        elif name == "bundle" and value:
+            wanted[name] = value
+        else:
+            raise InputError(f"{option} {text!r} is not understood; give threads=N,bundle=HASH")
+    return select(found, **wanted)
 
 
 @contextmanager

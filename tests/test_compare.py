@@ -210,3 +210,13 @@ def test_hostile_conditions_are_inert():
     for shown in (module.to_text(found), module.to_markdown(found)):
         assert not has_control(shown) and HOSTILE not in shown
     assert "<script" not in module.to_markdown(found)
+
+
+def test_a_mixed_side_is_refused_even_where_the_sides_may_differ() -> None:
+    """Two thread counts in one median would be a number of neither."""
+    mixed = bench()
+    for record in bench():
+        record["conditions"]["threads"] = 7
+        mixed.append(record)
+    with pytest.raises(CompareRefused, match=r"threads is .* or 7"):
+        compare(mixed, bench(), across=("threads",))

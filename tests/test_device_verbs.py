@@ -153,6 +153,17 @@ def test_compare_shows_a_ratio_and_refuses_other_conditions(
     assert "threads" in error and "2" in error and "4" in error
     assert pocketdiff("compare", paths["a"], paths["c"], "--across", "threads") == 0
 
+    both = tmp_path / "both.jsonl"
+    both.write_bytes(paths["a"].read_bytes() + paths["c"].read_bytes())
+    assert pocketdiff("compare", both, both, "--across", "threads") == 2  # mixed within a side
+    sides = ("--a", "threads=2", "--b", "threads=4", "--across", "threads")
+    capfd.readouterr()
+    assert pocketdiff("compare", both, both, *sides, "--json") == 0
+    [difference] = last_line(capfd.readouterr().out)["differences"]
+    assert (difference["a"], difference["b"]) == ("2", "4")
+    assert pocketdiff("compare", both, both, "--a", "color=red") == 2
+    assert "color=red" in capfd.readouterr().err
+
 
 def test_no_device_is_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:
     assert pocketdiff("devices", "--json") == 0
