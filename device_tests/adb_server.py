@@ -55,6 +55,7 @@ _SENT_FRAME_BYTES = 256 * 1024
 _COMMAND_BYTES = 0xFFFF  # the length of a request to the server is 4 hexadecimal digits
 _TWO_STREAMS_FROM_BYTES = 8 * 2**20
 _BLOCK_BYTES = 2**20
+_MORE_FOLLOWS = getattr(socket, "MSG_MORE", 0)  # Linux only, spares a packet
 _MAXIMUM_SAID_BYTES = 64 * 1024
 _MAXIMUM_HEAD_BYTES = 2**30  # toybox's head counts in an int
 _PROBE_S = 3.0
@@ -369,7 +370,8 @@ class ServerTransport:
         4 KiB buffer between, and sync can only write a file from its beginning.
         """
         advance = _Advance(progress)
-        if isinstance(source, io.FileIO | io.BufferedReader | io.BufferedRandom):
+        plain_file = isinstance(source, io.FileIO | io.BufferedReader | io.BufferedRandom)
+        if plain_file and hasattr(os, "sendfile"):
             if isinstance(source, io.BufferedRandom):
                 source.flush()
             start, descriptor = source.tell(), source.fileno()
@@ -619,7 +621,7 @@ class _ShellStream:
         header = memoryview(struct.pack("<BI", _STDIN, count))
         while header:
             self._wait(write=True)
-            header = header[self._socket.send(header, socket.MSG_MORE) :]
+            header = header[self._socket.send(header, _MORE_FOLLOWS) :]
         while count > 0:
             self._wait(write=True)
             sent = os.sendfile(self._socket.fileno(), descriptor, position, count)
