@@ -20,8 +20,9 @@ import usb1
 from adb_shell.exceptions import UsbReadFailedError
 from adb_shell.transport.tcp_transport import TcpTransport
 
-from device_tests import adb_direct
-from device_tests.adb_direct import DirectTransport, list_usb, load_key, open_tcp, open_usb
+from device_tests import adb_direct, adb_link
+from device_tests.adb_direct import DirectTransport, list_usb, open_tcp, open_usb
+from device_tests.adb_link import load_key
 from device_tests.errors import (
     CommandFailed,
     CommandTimeout,
@@ -393,7 +394,7 @@ def test_corruption_is_seen_by_a_device_that_still_checks(tmp_path: Path) -> Non
         data = os.urandom(600_000)
         push(transport, data, str(tmp_path / "file"))
         assert pull(transport, str(tmp_path / "file")) == data
-        old.faults.malformed = adb_direct._HEADER.pack(
+        old.faults.malformed = adb_link._HEADER.pack(
             0x45545257, 1, 1, 3, 0, 0x45545257 ^ 0xFFFFFFFF
         ) + b"abc"  # fmt: skip
         with pytest.raises(ProtocolError, match="checksum"):
@@ -405,8 +406,8 @@ def test_corruption_is_seen_by_a_device_that_still_checks(tmp_path: Path) -> Non
     [
         bytes(24),
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
-        adb_direct._HEADER.pack(0x45545257, 1, 1, 0xFFFFFFFF, 0, 0x45545257 ^ 0xFFFFFFFF),
-        adb_direct._HEADER.pack(0x45545257, 1, 1, 0, 0, 0),
+        adb_link._HEADER.pack(0x45545257, 1, 1, 0xFFFFFFFF, 0, 0x45545257 ^ 0xFFFFFFFF),
+        adb_link._HEADER.pack(0x45545257, 1, 1, 0, 0, 0),
     ],
     ids=["zeros", "another protocol", "4 GiB announced", "wrong magic"],
 )
@@ -586,9 +587,7 @@ def test_broken_key_is_named(tmp_path: Path) -> None:
 
 
 def test_wireless_debugging_is_named(tmp_path: Path) -> None:
-    packet = adb_direct._HEADER.pack(
-        adb_direct._STLS, 0x01000000, 0, 0, 0, adb_direct._STLS ^ 0xFFFFFFFF
-    )
+    packet = adb_link._HEADER.pack(adb_link._STLS, 0x01000000, 0, 0, 0, adb_link._STLS ^ 0xFFFFFFFF)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:

@@ -24,16 +24,11 @@ from adb_shell.transport.base_transport import BaseTransport
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from device_tests import adb_direct
-from device_tests.adb_direct import (
-    MAX_PACKET_BYTES,
-    DirectTransport,
-    ShellReply,
-    load_key,
-    parse_banner,
-    parse_stat,
-)
+from device_tests import adb_direct, adb_link
+from device_tests.adb_direct import DirectTransport, parse_banner
+from device_tests.adb_link import MAX_PACKET_BYTES, load_key
 from device_tests.errors import DeviceGone, ProtocolError
+from device_tests.shell_reply import ShellReply, parse_stat
 from device_tests.transport import RemoteStat, ShellResult
 from export.runner_protocol import parse_event, parse_result
 from quantize.errors import DeviceError
@@ -162,7 +157,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("keys")
     key = load_key(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adb_direct, "load_key", lambda _: key)
+        patch.setattr(adb_link, "load_key", lambda _: key)
         yield folder
 
 
