@@ -4,7 +4,8 @@ Nothing depends on an open stream: the run writes its events and its result into
 device, and whoever asks later finds them there. Which runs are made, and when, is not known here.
 
 What following costs the device: each poll is one `sh`, whose builtins read the state of the process
-and the sensors (see `sensors.POLL_COMMAND`), and `tail` with `head` for the new events.
+and the sensors (see `sensors.POLL_COMMAND`), and `tail` with `head` for the new events. Measured on an x86
+core at 2 GHz with 60 thermal zones: 7 ms of processor time, 0.7 % of one core at one poll a second.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ class RemoteRun:
             "kill -9 -$p 2>/dev/null\n:\n"
         )
         patience_s = self._gone_s if gone_s is None else gone_s
-        patiently(self.transport, lambda: self.transport.shell(command), patience_s)
+        patiently(self.transport, lambda: self.transport.shell(command, timeout_s=10), patience_s)
 
     def remove(self) -> None:
         """Remove the run's folder from the device."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ import pytest
 from device_tests import bench as module
 from device_tests import records
 from device_tests.adb_direct import DirectTransport
+from device_tests.adb_server import ServerAddress, open_server
 from device_tests.bench import (
     BenchEvent,
     BenchPlan,
@@ -48,6 +51,7 @@ from tests.bench_tools import (
     processes_of,
     wait_for,
 )
+from tests.private_adb_server import no_server, private_server  # noqa: F401
 
 
 @pytest.fixture
@@ -444,6 +448,106 @@ def test_a_device_without_a_thermometer_is_recorded_as_such(
     gate = outcome.records[0]["gate"]
     assert (gate["sensor"], gate["begin_c"], gate["timed_out"]) == (None, None, False)
     assert outcome.records[0]["status"] == "ok"
+
+
+# Other ways to a device, and other systems on it.
+
+
+def test_a_bench_through_an_adb_server(
+    run_bench: Callable,
+    make_local_device: MakeLocalDevice,  # noqa: F811
+    private_server: ServerAddress,  # noqa: F811
+) -> None:
+    device = make_local_device()
+    transport = open_server(device.serial)
+
+    def restart(event: BenchEvent) -> None:
+        is_second = isinstance(event, RunProgress) and event.run.repeat == 1
+        if is_second and event.event["event"] == "started":
+            device.restart()
+
+    plan = BenchPlan(passes={"speed": 3}, **QUICK | {"gone_s": 30.0})
+    outcome = run_bench(plan, Scripted("sleep 0.5"), transport=transport, on_event=restart)
+    assert [r["conditions"]["transport"] for r in outcome.records] == ["server"] * 3
+    assert [r["failure"] and r["failure"]["reason"] for r in outcome.records] == [
+        None, "device_restarted", None,
+    ]  # fmt: skip
+    assert holder(transport) is None
+
+
+TOOLS = [
+    "tail",
+    "head",
+    "stat",
+    "grep",
+    "date",
+    "mkdir",
+    "mv",
+    "rm",
+    "touch",
+    "setsid",
+    "sleep",
+    "cat",
+    "ls",
+    "uname",
+]
+
+
+@pytest.fixture(params=["toybox with mksh", "busybox"])
+def small_system(request: pytest.FixtureRequest, tmp_path: Path) -> dict[Path, str]:
+    """The shell and the tools of Android, or of busybox, in the places of this machine's."""
+    packages = ["toybox", "mksh"] if "mksh" in request.param else ["busybox"]
+    try:
+        for command in (
+            ["apt-get", "download", *packages],
+            *(["sh", "-c", f"dpkg -x {package}_*.deb ."] for package in packages),
+        ):
+            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"{request.param} cannot be fetched as a Debian package: {error}")
+    programs = {tool: tmp_path / "bin" / packages[0] for tool in TOOLS}
+    # The first name that its file is called by tells busybox what to be.
+    programs["sh"] = tmp_path / "bin" / packages[-1]
+    (tmp_path / "tools").mkdir()
+    binds = {}
+    for name, program in programs.items():
+        os.link(program, tmp_path / "tools" / name)
+        binds[tmp_path / "tools" / name] = str(Path(shutil.which(name)).resolve())
+    return binds
+
+
+def test_small_systems_measure_as_well(
+    run_bench: Callable,
+    make_local_device: MakeLocalDevice,  # noqa: F811
+    small_system: dict[Path, str],
+    thermometer: Path,
+) -> None:
+    thermometer.write_text("40000\n")
+    device = make_local_device(binds=small_system | {thermometer.parents[1]: "/sys/class/thermal"})
+    with connect(device) as transport:
+        plan = BenchPlan(passes={"speed": 3}, **QUICK | {"hang_s": 0.5})
+        outcome = run_bench(plan, SmallRunner(), transport=transport)
+        assert [r["failure"] and r["failure"]["reason"] for r in outcome.records] == [
+            "crash_signal", "hang", None,
+        ]  # fmt: skip
+        assert {r["gate"]["begin_c"] for r in outcome.records} == {40.0}
+        wait_for(lambda: not processes_of(device, "sleep 606"))
+        lock = DeviceLock(transport, "left")
+        lock.acquire()
+        with pytest.raises(DeviceBusy, match="left"):
+            run_bench(plan, transport=transport)
+        lock.beat()
+        transport.shell("touch -d @5 /data/local/tmp/pocketdiff/lock/beat")
+        lock.release()
+        assert holder(transport) is None
+
+
+class SmallRunner:
+    """Killed, hung, well: by the number of the repeat."""
+
+    def command(self, request: str) -> str:
+        run_id = request.split("/")[-2]
+        return Scripted(["kill -KILL $$", "sleep 606", ""][int(run_id[-1])]).command(request)
 
 
 # The real runner.
