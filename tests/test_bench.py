@@ -475,22 +475,10 @@ def test_a_bench_through_an_adb_server(
     assert holder(transport) is None
 
 
-TOOLS = [
-    "tail",
-    "head",
-    "stat",
-    "grep",
-    "date",
-    "mkdir",
-    "mv",
-    "rm",
-    "touch",
-    "setsid",
-    "sleep",
-    "cat",
-    "ls",
-    "uname",
-]
+TOOLS = (
+    "cat", "date", "grep", "head", "ls", "mkdir", "mv", "rm", "setsid", "sleep", "stat", "tail",
+    "touch", "uname",
+)  # fmt: skip
 
 
 @pytest.fixture(params=["toybox with mksh", "busybox"])
