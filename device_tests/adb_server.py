@@ -8,6 +8,7 @@ whole and both directions at once. Which device to open is decided in `selection
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import select
@@ -55,6 +56,7 @@ _SENT_FRAME_BYTES = 256 * 1024
 _COMMAND_BYTES = 0xFFFF  # the length of a request to the server is 4 hexadecimal digits
 _TWO_STREAMS_FROM_BYTES = 8 * 2**20
 _BLOCK_BYTES = 2**20
+_LEAST_BLOCK_BYTES = 64 * 1024
 _MORE_FOLLOWS = getattr(socket, "MSG_MORE", 0)  # Linux only, spares a packet
 _MAXIMUM_SAID_BYTES = 64 * 1024
 _MAXIMUM_HEAD_BYTES = 2**30  # toybox's head counts in an int
@@ -375,7 +377,9 @@ class ServerTransport:
             if isinstance(source, io.BufferedRandom):
                 source.flush()
             start, descriptor = source.tell(), source.fileno()
-            cut = length // 2 if length >= _TWO_STREAMS_FROM_BYTES else length
+            cut = length
+            if length >= _TWO_STREAMS_FROM_BYTES:
+                cut = length // 2 // _BLOCK_BYTES * _BLOCK_BYTES
             parts = [(0, cut), (cut, length - cut)] if cut < length else [(0, length)]
 
             def send(part: tuple[int, int]) -> None:
@@ -413,13 +417,17 @@ class ServerTransport:
         offset: int,
         advance: _Advance,
     ) -> None:
-        # The shell opens the file without shortening it, the first dd moves the position that the
-        # second one writes at. The last part keeps taking input, so that what went wrong is heard.
-        command = (
-            f"{{ dd bs=1 seek={offset} count=0 conv=notrunc 2>/dev/null && "
-            f"dd bs={_BLOCK_BYTES} conv=notrunc; }} 1<>{shlex.quote(remote)} || "
-            "{ s=$?; cat >/dev/null; exit $s; }"
-        )
+        # The shell opens the file without shortening it. Where no block size divides the offset, a
+        # dd of its own moves the position that the second one writes at. The last part keeps
+        # taking input, so that what went wrong is heard.
+        block = math.gcd(offset, _BLOCK_BYTES)
+        write = f"dd bs={block} seek={offset // block} conv=notrunc"
+        if block < _LEAST_BLOCK_BYTES:
+            write = (
+                f"dd bs=1 seek={offset} count=0 conv=notrunc 2>/dev/null && "
+                f"dd bs={_BLOCK_BYTES} conv=notrunc"
+            )
+        command = f"{{ {write}; }} 1<>{shlex.quote(remote)} || {{ s=$?; cat >/dev/null; exit $s; }}"
         said = bytearray()
 
         def keep(kind: int, data: memoryview) -> None:

@@ -297,7 +297,8 @@ def test_pieces_at_any_offset_make_the_file(
     data = random.Random(5).randbytes(20 * 2**20 + 12345)
     (tmp_path / "data").write_bytes(data)
     remote = f"{FOLDER}/pieces of 'file' {plain_file}"
-    pieces = [(11 * 2**20 + 3, len(data)), (0, 4097), (4000, 11 * 2**20 + 3)]
+    pieces = [(11 * 2**20 + 3, len(data)), (0, 4097), (4000, 5 * 2**20)]
+    pieces += [(5 * 2**20 - 65536, 10 * 2**20), (10 * 2**20, 11 * 2**20 + 3)]
     for begin, end in pieces:
         moved: list[int] = []
         if plain_file:
