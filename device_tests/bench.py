@@ -237,10 +237,7 @@ def bench(
     earlier = records.read(results)
     bench_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with DeviceLock(transport, bench_id, gone_s=plan.gone_s) as lock:
-        answer = patiently(
-            transport, lambda: run_checked(transport, conditions.DEVICE_COMMAND), plan.gone_s
-        )
-        device = conditions.parse_device(answer.text, transport.serial)
+        device = patiently(transport, lambda: conditions.read_device(transport), plan.gone_s)
         done = _done(earlier, device, deployment) if resume else set()
         planned = list(_planned(plan))
         runs = [r for r in planned if _key(r.threads, r.pass_, r.repeat, workloads) not in done]
