@@ -610,6 +610,8 @@ class _ShellStream:
         self.deadline = time.monotonic() + STALL_S
         self._socket = connection
         self._socket.setblocking(False)
+        # Else the last few bytes wait 40 ms for an acknowledgement.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._who = who
         self._command = command
 
