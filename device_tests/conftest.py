@@ -15,6 +15,7 @@ from device_tests.local_device_fixture import local_adbd  # noqa: F401
 from device_tests.remote_run import Runner, choose_runner
 from device_tests.transport import Transport
 from export.bundle import Bundle, open_bundle
+from tests.browser import chromium  # noqa: F401
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -23,6 +23,7 @@ from device_tests.remote_run import Runner
 from device_tests.remote_shell import DEVICE_ROOT
 from device_tests.transport import Transport
 from export.bundle import MANIFEST_FILE, Bundle
+from tests.browser import measure
 
 pytestmark = pytest.mark.device
 
@@ -165,7 +166,7 @@ def test_a_second_benchmark_is_refused_with_the_name_of_the_first(
     assert not results.exists() or records.read(results) == []
 
 
-def test_the_report_tells_of_all_runs(outcome: BenchOutcome, bundle: Bundle, results: Path) -> None:
+def test_the_report_tells_of_all_runs(outcome: BenchOutcome, results: Path) -> None:
     found = records.read(results)
     [group] = report.to_json(report.summarize(found))["configurations"]
     assert group["passes"] == {
@@ -174,9 +175,27 @@ def test_the_report_tells_of_all_runs(outcome: BenchOutcome, bundle: Bundle, res
         "natural": {"ok": 1, "failed": 0},
         "memory": {"ok": 1, "failed": 0},
     }
-    page = report.to_html(found)
-    assert "<svg" in page
+
+
+def test_the_reports_page_stands_in_a_browser(
+    outcome: BenchOutcome,
+    results: Path,
+    bundle: Bundle,
+    chromium: str,
+    tmp_path: Path,
+) -> None:
+    """Of these very runs: every plot drawn that there are data for, nothing beyond the screen."""
+    page = report.to_html(records.read(results))
     assert bundle.manifest.model.name in page
+    for width in (400, 1200):
+        found = measure(chromium, tmp_path, page, width)
+        assert found["wide"] <= width and found["beyond"] == []
+        drawn = {plot["name"]: plot for plot in found["plots"]}
+        assert {"steps", "step-spread", "accepted", "memory"} <= set(drawn)
+        for plot in drawn.values():
+            left, top, right, bottom = plot["box"]
+            assert right - left > 300 and bottom - top > 150 and plot["marks"] > 5
+            assert plot["cut"] == []
 
 
 def test_nothing_of_the_bundle_is_left_after_clean(

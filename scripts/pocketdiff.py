@@ -45,9 +45,15 @@ for verb in VERBS:
     app.command()(verb)
 
 
+_exit_code: int | None = None
+"""Of the signal that ended the program, if one did."""
+
+
 def main() -> None:
     """The entry point."""
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # of a shell's background job
+            signal.signal(number, _end)
     # Libraries tell of kernels that are for other processors, and of their own renamings.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -61,10 +67,10 @@ def run(arguments: list[str]) -> int:
         app(arguments, prog_name="pocketdiff")
     except SystemExit as end:  # how typer returns
         return end.code if isinstance(end.code, int) else 1
-    except UserError as error:
-        sentence = str(error)
-    except OSError as error:
-        sentence = _os_sentence(error)
+    except (UserError, OSError) as error:
+        if _exit_code is not None:  # a library made another error of the signal's
+            return _exit_code
+        sentence = str(error) if isinstance(error, UserError) else _os_sentence(error)
     else:
         return 0
     err_console().print(f"pocketdiff: {sentence}", style="red", markup=False, soft_wrap=True)
@@ -73,7 +79,9 @@ def run(arguments: list[str]) -> int:
 
 def _end(signal_number: int, frame: object) -> None:
     # Through the stack, so that temporary folders are removed.
-    raise SystemExit(128 + signal_number)
+    global _exit_code
+    _exit_code = 128 + signal_number
+    raise SystemExit(_exit_code)
 
 
 def _os_sentence(error: OSError) -> str:

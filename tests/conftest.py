@@ -11,6 +11,7 @@ import torch
 from export.bundle import Bundle, open_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
+from tests.browser import chromium  # noqa: F401
 
 # Tiny eager models gain nothing from a second thread, and on busy cores the threads' spinning for
 # each other made such tests twenty times slower.

@@ -27,7 +27,10 @@ from scripts.pocketdiff import run
 from tests.toy_model import INFO
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("quantize", "export", "inspect", "generate", "evaluate")
+VERBS = (
+    *("quantize", "export", "inspect", "generate", "evaluate"),
+    *("devices", "push", "report", "compare", "clean"),
+)
 
 
 @pytest.fixture
