@@ -1,18 +1,18 @@
 """Speed of a push: our two transports against the real `adb` client, to the same device and file.
 
-    python -m benchmarks.push --work FOLDER
+    python -m benchmarks.push
 
 Starts a local device (Debian's adbd, /data in memory) and an adb server of its own on a free port,
 and pushes one random file in turn by every way, each round beginning with another one. `adb` is
 the client that comes with adbutils, as it is and with compression off (-Z); ours write the whole
-file in one call, or in the 64 MiB chunks of `pocketdiff push`, hashing not included. After the
-first round each way's file is compared by SHA-256 on the device.
+file in one call, in the 64 MiB chunks of `pocketdiff push`, or are all that `pocketdiff push` does
+with a bundle of that file: chunks, SHA-256 on the device, `sync`, renaming. After the first round
+each way's file is compared by SHA-256 on the device.
 
 stdout: a table for people; the last line is one JSON document.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -29,42 +29,57 @@ from pathlib import Path
 import adbutils
 
 from device_tests import adb_direct, adb_server
-from device_tests.deploy import CHUNK_BYTES
+from device_tests.deploy import CHUNK_BYTES, clean, deploy
 from device_tests.local_device import CACHE_VARIABLE, LocalDevice, cache_folder
+from device_tests.remote_shell import DEVICE_ROOT
 from device_tests.transport import Transport
+from export.bundle import (
+    Bundle,
+    Manifest,
+    ModelInfo,
+    Sampler,
+    SpecialTokens,
+    Stage,
+    TensorSpec,
+    write_bundle,
+)
 
+FILE = "head.pte"
 REMOTE = "/data/local/tmp/benchmark_push"
 MIB = 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for the random file")
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    source = arguments.work / f"random-{arguments.mib}.bin"
-    digest = _random_file(source, arguments.mib * MIB)
     with tempfile.TemporaryDirectory() as folder:
+        bundle = _random_bundle(Path(folder) / "bundle", arguments.mib * MIB)
         _private_server_environment(folder)
-        with LocalDevice(folder, data_bytes=(arguments.mib + 256) * MIB) as device:
+        device_folder = Path(folder) / "device"
+        with LocalDevice(device_folder, data_bytes=(arguments.mib + 256) * MIB) as device:
             try:
                 adb_server.start_server()
-                seconds = _measure(device, source, digest, arguments.rounds)
+                seconds = _measure(device, bundle, arguments.rounds)
             finally:
                 subprocess.run([adbutils.adb_path(), "kill-server"], check=False)
     _report(arguments, seconds)
 
 
-def _random_file(path: Path, size_bytes: int) -> str:
-    """Its SHA-256; a file of that size that is there already is used again."""
-    if not path.exists() or path.stat().st_size != size_bytes:
-        with path.open("wb") as file:
-            for _ in range(size_bytes // MIB):
-                file.write(os.urandom(MIB))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _random_bundle(folder: Path, size_bytes: int) -> Bundle:
+    """A bundle whose only file, FILE, is random."""
+    spec = (TensorSpec("x", "int64", (1,)),)
+    manifest = Manifest(
+        model=ModelInfo("random", "random", 29, 8, 6, 40),
+        style="uniform_diffusion",
+        sampler=Sampler("entropy_bound", {}),
+        special_tokens=SpecialTokens(),
+        stages=(Stage("head", "head", FILE, spec, spec),),
+        backend="portable",
+        versions={},
+    )
+    return write_bundle(folder, manifest, {FILE: os.urandom(size_bytes)})
 
 
 def _private_server_environment(home: str) -> None:
@@ -76,8 +91,9 @@ def _private_server_environment(home: str) -> None:
     os.environ.update(ANDROID_ADB_SERVER_PORT=str(port), HOME=home, ADB_USB="0", ADB_MDNS="0")
 
 
-def _measure(device: LocalDevice, source: Path, digest: str, rounds: int) -> dict[str, list[float]]:
+def _measure(device: LocalDevice, bundle: Bundle, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round by way."""
+    source, digest = bundle.path(FILE), bundle.files[FILE].sha256
     server = adb_server.open_server(device.serial)
     direct = adb_direct.open_tcp("127.0.0.1", device.port)
     adb = [adbutils.adb_path(), "-s", device.serial, "push"]
@@ -88,6 +104,8 @@ def _measure(device: LocalDevice, source: Path, digest: str, rounds: int) -> dic
         "server, chunks": lambda: _push(server, source, CHUNK_BYTES),
         "direct, one call": lambda: _push(direct, source, None),
         "direct, chunks": lambda: _push(direct, source, CHUNK_BYTES),
+        "server, deployed": lambda: deploy(server, bundle),
+        "direct, deployed": lambda: deploy(direct, bundle),
     }
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -96,11 +114,15 @@ def _measure(device: LocalDevice, source: Path, digest: str, rounds: int) -> dic
         for name in names[first:] + names[:first]:
             print(f"round {number + 1}: {name}", file=sys.stderr)
             server.shell(f"rm -f {REMOTE}")
+            clean(server)
             begin = time.perf_counter()
             ways[name]()
             seconds[name].append(time.perf_counter() - begin)
             if number == 0:
-                there = server.shell(f"sha256sum {REMOTE}", timeout_s=300).text.split()
+                where = f"{REMOTE} {DEVICE_ROOT}/bundles/*/{FILE}"
+                there = server.shell(
+                    f"cat {where} 2>/dev/null | sha256sum", timeout_s=300
+                ).text.split()
                 if there[:1] != [digest]:
                     raise SystemExit(f"{name}: the file on the device is another: {there}")
     direct.close()

@@ -70,7 +70,7 @@ class BenchPlan:
     """
 
     passes: Mapping[str, int] = field(
-        default_factory=lambda: {"cold": 1, "warm_up": 1, "speed": 5, "natural": 3, "memory": 1}
+        default_factory=lambda: {"cold": 1, "warm_up": 1, "speed": 6, "natural": 6, "memory": 1}
     )
     threads: Sequence[int | None] = (None,)
     prompt_text: str | None = None
@@ -238,7 +238,7 @@ def bench(
     bench_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with DeviceLock(transport, bench_id, gone_s=plan.gone_s) as lock:
         device = patiently(transport, lambda: conditions.read_device(transport), plan.gone_s)
-        done = _done(earlier, device, deployment) if resume else set()
+        done = _done(earlier, device, deployment, plan) if resume else set()
         planned = list(_planned(plan))
         runs = [r for r in planned if _key(r.threads, r.pass_, r.repeat, workloads) not in done]
         work = _Bench(
@@ -278,6 +278,8 @@ def workload(plan: BenchPlan, name: Pass, manifest: Manifest) -> dict[str, Any]:
         "settings": None if plan.settings is None else dict(plan.settings),
         # A first run that is warmed up would hide what loading from storage costs.
         "warmup_steps": 0 if name == "cold" else plan.warmup_steps,
+        "memory_interval_ms": plan.memory_interval_ms if name == "memory" else None,
+        "memory_limit_bytes": plan.memory_limit_bytes,
     }
 
 
@@ -514,8 +516,8 @@ class _Bench:
             seed=work["seed"],
             force_steps=work["force_steps"],
             settings=work["settings"],
-            memory_interval_ms=self.plan.memory_interval_ms if run.pass_ == "memory" else None,
-            memory_limit_bytes=self.plan.memory_limit_bytes,
+            memory_interval_ms=work["memory_interval_ms"],
+            memory_limit_bytes=work["memory_limit_bytes"],
         )
 
     def _kill(self, run_id: str) -> None:
@@ -598,13 +600,15 @@ def _key(threads: int | None, name: Pass, repeat: int, workloads: Mapping[Pass, 
 
 
 def _done(
-    earlier: Sequence[Record], device: conditions.Device, deployment: Deployment
+    earlier: Sequence[Record], device: conditions.Device, deployment: Deployment, plan: BenchPlan
 ) -> set[_Key]:
-    """The runs that went well, on this device with this bundle."""
+    """The runs that went well, on this device with this bundle, gated and polled alike."""
     return {
         (c["threads"], record["pass"], record["repeat"], repr(sorted(c["workload"].items())))
         for record in earlier
         if record["status"] == "ok"
+        and record["gate"]["threshold_c"] == plan.max_temperature_c
+        and record["conditions"]["poll_s"] == plan.poll_s
         and (c := record["conditions"])["bundle"]["sha256"] == deployment.bundle_sha256
         and _identity(c["device"]) == _identity(asdict(device))
     }

@@ -32,7 +32,7 @@ MAY_VARY = frozenset({"charging", "clocks"})
 """Conditions that a device changes by itself: they do not split a configuration, they are named."""
 
 _SYSTEM = frozenset({"build", "kernel", "android_sdk"})
-_OF_EVERY_PASS = ("max_new_tokens", "seed", "settings")
+_OF_EVERY_PASS = ("max_new_tokens", "seed", "settings", "memory_limit_bytes")
 _REFERENCE = ("speed", "warm_up", "memory", "cold", "natural")
 """Passes in the order in which one stands for the workload of its configuration."""
 

@@ -191,11 +191,13 @@ class _Push:
         self._final = layout.bundle(self.bundle_id)
         self._placed_bytes = 0
         self._boot_id = ""
+        self._hash_program = remote_files.SHA256SUM
         self._restarted = False
 
     def run(self) -> None:
         """Push until the bundle is whole under its name."""
         self._boot_id = self._read_boot_id()
+        self._hash_program = self._again(lambda: remote_files.hash_program(self._transport))
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 if self._already_whole() or self._bring_and_finish():
@@ -250,7 +252,7 @@ class _Push:
         if remote_files.sizes_bytes(self._run, [remote]) != [file.bytes]:
             return False
         self._say("verifying", file, file.bytes)
-        if remote_files.sha256(self._run, remote, file.bytes) != file.sha256:
+        if remote_files.sha256(self._run, remote, file.bytes, self._hash_program) != file.sha256:
             return False
         self._placed_bytes += file.bytes
         return True
@@ -409,7 +411,7 @@ class _Push:
         chunk = self._chunk_bytes
         begin = min(begin_bytes, size) // chunk * chunk
         ranges = []
-        hashes = remote_files.chunk_sha256s(self._run, part, begin, size, chunk)
+        hashes = remote_files.chunk_sha256s(self._run, part, begin, size, chunk, self._hash_program)
         self._say("comparing", file, begin)
         for position, found in zip(range(begin, size, chunk), hashes, strict=True):
             end, stored = min(position + chunk, file.bytes), min(position + chunk, size)
@@ -436,7 +438,8 @@ class _Push:
         command = (
             f"p={quote(remote)}; t={quote(target)}; d={quote(str(PurePosixPath(target).parent))}; "
             'gone() { if [ -f "$p" ] && [ -d "$d" ]; then exit 1; fi; echo gone; exit 0; }; '
-            '[ -f "$p" ] || gone; i=$(stat -c %i "$p") || gone; h=$(sha256sum < "$p") || gone; '
+            '[ -f "$p" ] || gone; i=$(stat -c %i "$p") || gone; '
+            f'h=$({self._hash_program} < "$p") || gone; '
             f'if [ "${{h%% *}}" != {file.sha256} ]; then echo differs; exit 0; fi; '
             'mv -f "$p" "$t" || gone; '
             'if [ "$(stat -c %i "$t")" = "$i" ]; then echo placed; else echo gone; fi'

@@ -1,6 +1,6 @@
-"""pytest fixtures: a local device for the whole session, and the means to make further ones.
+"""pytest fixtures: a local device for a file of tests, and the means to make further ones.
 
-A test file or a conftest imports them by name. Where this machine cannot run the local device a
+A conftest imports them by name. Where this machine cannot run the local device a
 test skips with the reason, or fails if POCKETDIFF_REQUIRE_DEVICE=1.
 """
 
@@ -33,11 +33,11 @@ def local_adbd() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_device(
     local_adbd: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalDevice]:
-    """One running device for the session; a test that restarts or fills one makes its own."""
+    """One running device for a file of tests; a test that restarts or fills one makes its own."""
     with LocalDevice(tmp_path_factory.mktemp("device")) as device:
         yield device
 

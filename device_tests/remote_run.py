@@ -577,6 +577,8 @@ def _start_command(folder: str, runner: str) -> str:
         "[ -d started ] && exit 0\n"
         "mkdir started || exit\n"
         f"setsid sh -c {quote(script)} </dev/null >log.txt 2>&1 &\n"
+        # adbd hangs up when this shell ends; by then the run must have a session of its own.
+        "i=0; until [ -e pid ] || [ $i -ge 50 ]; do sleep 0.02; i=$((i+1)); done\n"
     )
 
 

@@ -173,6 +173,10 @@ def bench(
     poll: Annotated[
         float, typer.Option(metavar="S", help="How often a run is looked at, sensors included.")
     ] = 1.0,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(metavar="MIB", help="Address space that a run may take (default: any)."),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report as one page with plots.")
     ] = None,
@@ -202,6 +206,7 @@ def bench(
         gate_timeout_s=gate_timeout,
         hang_s=hang,
         poll_s=poll,
+        memory_limit_bytes=None if memory_limit is None else round(memory_limit * 2**20),
     )
     _check_target(html, overwrite)
     if results.exists() and not resume and records.read(results):

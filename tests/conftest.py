@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from device_tests.local_device_fixture import (  # noqa: F401
+    local_adbd,
+    local_device,
+    make_local_device,
+)
 from export.bundle import Bundle, open_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from tests.browser import chromium  # noqa: F401
+from tests.private_adb_server import no_server, private_server  # noqa: F401
 
 # Tiny eager models gain nothing from a second thread, and on busy cores the threads' spinning for
 # each other made such tests twenty times slower.

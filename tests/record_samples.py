@@ -13,7 +13,8 @@ from device_tests.metrics import compute
 
 CANVAS = 20
 HOSTILE = (
-    "</td><script>top.hostile=1</script><img src=x onerror=top.hostile=2>|`x`\n\n# [bold red]h[/] $\\frac{1}$"
+    "</td><script>top.hostile=1</script><img src=x onerror=top.hostile=2>|`x`\n\n"
+    "# [bold red]h[/] $\\frac{1}$"
     " \x1b[31mred\x07 \u202egnp.exe {{7*7}} {% raw %} 'quote' \"double\" --> ]]> &amp;"
 )
 
@@ -168,6 +169,8 @@ def _conditions(
             "force_steps": force_steps,
             "settings": None,
             "warmup_steps": 0 if pass_ == "cold" else 2,
+            "memory_interval_ms": 50 if pass_ == "memory" else None,
+            "memory_limit_bytes": None,
         },
         "versions": {"pocket_diffusion": "0.1.0", "executorch": "1.5.1", "python": "3.12.1"},
     }
@@ -270,6 +273,9 @@ def _result(
             "resident_before": 1.0,
             "resident_after": 0.0 if is_cold else 1.0,
         },
+        "import_ms": 2100.0,
+        "verify_ms": 9.0,
+        "tokenizer_ms": 12.0,
         "warmup_ms": 100.0,
         "threads": 2,
         "versions": {"executorch": "1.5.1"},

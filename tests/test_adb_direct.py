@@ -32,12 +32,7 @@ from device_tests.errors import (
     ProtocolError,
     StorageFull,
 )
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
-)
+from device_tests.local_device_fixture import MakeLocalDevice
 from quantize.errors import DeviceError
 from tests.adb_double import AdbDouble, Authentication
 
@@ -253,7 +248,7 @@ def test_full_storage_is_said(device: Device) -> None:
     assert device.transport.shell("echo on").stdout == b"on\n"
 
 
-def test_full_file_system_of_a_device_is_said(make_local_device: MakeLocalDevice) -> None:  # noqa: F811
+def test_full_file_system_of_a_device_is_said(make_local_device: MakeLocalDevice) -> None:
     local = make_local_device(data_bytes=4 * MIB)
     with open_tcp("127.0.0.1", local.port) as transport:
         with pytest.raises(StorageFull):
@@ -510,7 +505,7 @@ def test_interrupted_call_leaves_the_transport_usable(device: Device) -> None:
     assert device.transport.shell("echo on").stdout == b"on\n"
 
 
-def test_adbd_restarted_is_found_again(make_local_device: MakeLocalDevice) -> None:  # noqa: F811
+def test_adbd_restarted_is_found_again(make_local_device: MakeLocalDevice) -> None:
     local = make_local_device()
     with open_tcp("127.0.0.1", local.port) as transport:
         push(transport, b"kept", "/data/local/tmp/file")

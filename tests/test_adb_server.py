@@ -32,21 +32,15 @@ from device_tests.errors import (
     StorageFull,
 )
 from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
-)
+from device_tests.local_device_fixture import MakeLocalDevice
 from device_tests.transport import ShellResult
 from quantize.errors import DeviceError
-from tests.private_adb_server import no_server, private_server  # noqa: F401
 
 FOLDER = "/data/local/tmp"
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice, private_server: ServerAddress) -> ServerTransport:  # noqa: F811
+def transport(local_device: LocalDevice, private_server: ServerAddress) -> ServerTransport:
     return open_server(local_device.serial)
 
 
@@ -87,7 +81,7 @@ def test_an_address_that_is_none_is_refused(
         adb_server.server_address()
 
 
-def test_looking_for_a_server_starts_none(no_server: ServerAddress) -> None:  # noqa: F811
+def test_looking_for_a_server_starts_none(no_server: ServerAddress) -> None:
     assert adb_server.server_version() is None
     assert adb_server.server_devices() == []
     with pytest.raises(DeviceNotFound, match=f"no adb server runs at {no_server}"):
@@ -146,7 +140,7 @@ def test_something_else_on_the_port_is_named(
             adb_server.server_version()
 
 
-def test_a_device_that_the_server_does_not_know(private_server: ServerAddress) -> None:  # noqa: F811
+def test_a_device_that_the_server_does_not_know(private_server: ServerAddress) -> None:
     with pytest.raises(DeviceNotFound, match="knows no device '1234'"):
         open_server("1234")
     with pytest.raises(DeviceNotFound, match=r"cannot connect to 127.0.0.1:1"):
@@ -387,8 +381,8 @@ def test_a_fault_here_is_not_taken_for_the_devices(transport: ServerTransport) -
 
 
 def test_a_full_disk_is_an_error_of_its_own(
-    make_local_device: MakeLocalDevice,  # noqa: F811
-    private_server: ServerAddress,  # noqa: F811
+    make_local_device: MakeLocalDevice,
+    private_server: ServerAddress,
     tmp_path: Path,
 ) -> None:
     transport = open_server(make_local_device(data_bytes=4 * 2**20).serial)
@@ -403,8 +397,8 @@ def test_a_full_disk_is_an_error_of_its_own(
 
 
 def test_a_device_that_restarts_in_a_push_is_gone_and_comes_back(
-    make_local_device: MakeLocalDevice,  # noqa: F811
-    private_server: ServerAddress,  # noqa: F811
+    make_local_device: MakeLocalDevice,
+    private_server: ServerAddress,
     tmp_path: Path,
 ) -> None:
     device = make_local_device()
@@ -433,8 +427,8 @@ def test_a_device_that_restarts_in_a_push_is_gone_and_comes_back(
 
 
 def test_a_device_that_goes_during_a_command(
-    make_local_device: MakeLocalDevice,  # noqa: F811
-    private_server: ServerAddress,  # noqa: F811
+    make_local_device: MakeLocalDevice,
+    private_server: ServerAddress,
 ) -> None:
     device = make_local_device()
     transport = open_server(device.serial)
@@ -446,8 +440,8 @@ def test_a_device_that_goes_during_a_command(
 
 
 def test_a_server_that_goes_during_a_command(
-    local_device: LocalDevice,  # noqa: F811
-    no_server: ServerAddress,  # noqa: F811
+    local_device: LocalDevice,
+    no_server: ServerAddress,
 ) -> None:
     adb_server.start_server()
     transport = open_server(local_device.serial)

@@ -31,12 +31,7 @@ from device_tests.deploy import deploy
 from device_tests.device_lock import DeviceLock, holder
 from device_tests.errors import DeviceBusy
 from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
-)
+from device_tests.local_device_fixture import MakeLocalDevice
 from device_tests.metrics import METRICS
 from device_tests.remote_run import RUNS_FOLDER, LinuxRunner
 from export.bundle import Bundle, TokenizerInfo, open_bundle, write_bundle
@@ -51,11 +46,10 @@ from tests.bench_tools import (
     processes_of,
     wait_for,
 )
-from tests.private_adb_server import no_server, private_server  # noqa: F401
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:  # noqa: F811
+def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:
     with connect(local_device) as transport:
         yield transport
         transport.shell(f"rm -rf {RUNS_FOLDER}")
@@ -206,7 +200,7 @@ def test_a_runner_that_is_missing_ends_the_bench_with_one_record(run_bench: Call
 
 
 def test_a_device_that_is_gone_ends_the_bench_and_resume_makes_the_rest(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     run_bench: Callable,
 ) -> None:
     device = make_local_device()
@@ -232,7 +226,7 @@ def test_a_device_that_is_gone_ends_the_bench_and_resume_makes_the_rest(
 
 
 def test_a_device_that_restarts_costs_one_run(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     run_bench: Callable,
 ) -> None:
     device = make_local_device()
@@ -271,7 +265,13 @@ def test_resume_makes_what_is_missing_or_failed_and_nothing_else(run_bench: Call
     again = run_bench(plan, resume=True)
     assert again.skipped == 2 and [r["repeat"] for r in again.records] == [1]
     assert run_bench(plan, resume=True).records == ()
-    for change in ({"seed": 1}, {"force_steps": 3}, {"threads": (1,)}):
+    for change in (
+        {"seed": 1},
+        {"force_steps": 3},
+        {"threads": (1,)},
+        {"max_temperature_c": 30.0},
+        {"poll_s": 0.25},
+    ):
         other = BenchPlan(**{"passes": {"speed": 3}} | QUICK | change)
         assert len(run_bench(other, resume=True).records) == 3
     assert len(run_bench(plan).records) == 3  # without resume all are made
@@ -280,7 +280,7 @@ def test_resume_makes_what_is_missing_or_failed_and_nothing_else(run_bench: Call
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interruption_kills_the_run_and_gives_the_device_back(
     run_bench: Callable,
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     transport: DirectTransport,
     tmp_path: Path,
     error: type[BaseException],
@@ -301,7 +301,7 @@ def test_an_interruption_kills_the_run_and_gives_the_device_back(
 
 def test_a_bench_that_was_killed_is_resumed(
     run_bench: Callable,
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     transport: DirectTransport,
     tmp_path: Path,
 ) -> None:
@@ -374,7 +374,7 @@ def thermometer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def warm(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     thermometer: Path,
 ) -> Iterator[DirectTransport]:
     device = make_local_device(binds={thermometer.parents[1]: "/sys/class/thermal"})
@@ -437,7 +437,7 @@ def test_one_time_out_does_not_end_the_bench(
 
 def test_a_device_without_a_thermometer_is_recorded_as_such(
     run_bench: Callable,
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     tmp_path: Path,
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -455,8 +455,8 @@ def test_a_device_without_a_thermometer_is_recorded_as_such(
 
 def test_a_bench_through_an_adb_server(
     run_bench: Callable,
-    make_local_device: MakeLocalDevice,  # noqa: F811
-    private_server: ServerAddress,  # noqa: F811
+    make_local_device: MakeLocalDevice,
+    private_server: ServerAddress,
 ) -> None:
     device = make_local_device()
     transport = open_server(device.serial)
@@ -506,7 +506,7 @@ def small_system(request: pytest.FixtureRequest, tmp_path: Path) -> dict[Path, s
 
 def test_small_systems_measure_as_well(
     run_bench: Callable,
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     small_system: dict[Path, str],
     thermometer: Path,
 ) -> None:

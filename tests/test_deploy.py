@@ -333,7 +333,8 @@ def test_the_next_process_goes_on_where_the_device_went_away(
 
 
 @pytest.mark.parametrize(
-    "command", ["mkdir -p", "ls -a", "stat -f", "sha256sum", "mv -f", "sync;", "rm -rf", "boot_id"]
+    "command",
+    ["mkdir -p", "ls -a", "stat -f", "sha256", "h=$(", "mv -f", "sync;", "rm -rf", "boot_id"],
 )
 def test_a_lost_answer_is_asked_for_again(
     bundle: Bundle, device: FolderTransport, root: str, command: str
@@ -388,7 +389,7 @@ def test_a_restart_that_lost_what_was_verified(
 @given(
     cuts=st.lists(st.integers(1, 3 * CHUNK), max_size=5),
     damage=st.lists(st.integers(0, 9 * CHUNK), max_size=2),
-    lost=st.lists(st.sampled_from(["mv -f", "sha256sum", "stat", "sync", "rm -rf"]), max_size=3),
+    lost=st.lists(st.sampled_from(["mv -f", "sha256", "stat", "sync", "rm -rf"]), max_size=3),
 )
 def test_whatever_breaks_the_bundle_is_whole_or_absent(
     bundle: Bundle, tmp_path: Path, cuts: list[int], damage: list[int], lost: list[str]
@@ -814,6 +815,23 @@ def test_small_systems_do_the_same(
 # Beyond 4 GiB
 
 
+@pytest.mark.parametrize("openssl", ["exit 127", f"echo {'0' * 64}; cat > /dev/null", None])
+def test_the_hash_program_is_tried_before_it_is_relied_on(
+    bundle: Bundle, root: str, tmp_path: Path, openssl: str | None
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if openssl is not None:
+        (tools / "openssl").write_text(f"#!/bin/sh\n{openssl}\n")
+        (tools / "openssl").chmod(0o755)
+    device = FolderTransport(path=f"{tools}:{os.environ['PATH']}")
+    push(device, bundle, root)
+    assert_whole(bundle, root)
+    placing = [command for command in device.commands if "h=$(" in command]
+    expected = "openssl dgst" if openssl is None and shutil.which("openssl") else "sha256sum"
+    assert placing and all(expected in command for command in placing)
+
+
 def test_chunks_beyond_4_gib_are_hashed_where_they_are(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
@@ -826,7 +844,7 @@ def test_chunks_beyond_4_gib_are_hashed_where_they_are(tmp_path: Path) -> None:
 
     assert remote_files.sizes_bytes(runs, [str(path)]) == [5 * 2**30 + 4]
     (found,) = remote_files.chunk_sha256s(
-        runs, str(path), 5 * 2**30, path.stat().st_size, 64 * 2**20
+        runs, str(path), 5 * 2**30, path.stat().st_size, 64 * 2**20, remote_files.SHA256SUM
     )
     assert found == hashlib.sha256(b"here").hexdigest()
 
@@ -854,7 +872,7 @@ def test_a_file_beyond_4_gib_goes_on_at_its_end(
     def same(*arguments: object) -> str:
         return "same"
 
-    def chunks(run: object, path: str, begin: int, end: int, chunk: int) -> list[str]:
+    def chunks(run: object, path: str, begin: int, end: int, chunk: int, _: str) -> list[str]:
         return ["same"] * -(-(end - begin) // chunk)
 
     manifest = (bundle.folder / "bundle.json").read_bytes()
@@ -863,6 +881,7 @@ def test_a_file_beyond_4_gib_goes_on_at_its_end(
         f"#!/bin/sh\n[ $(stat -L -c %s /dev/stdin) = {size} ] && echo {digest} || echo {other}\n"
     )
     (tools / "sha256sum").chmod(0o755)
+    monkeypatch.setattr(remote_files, "hash_program", lambda _: remote_files.SHA256SUM)
     monkeypatch.setattr(remote_files, "chunk_sha256s", chunks)
     monkeypatch.setattr("device_tests.deploy._sha256_of_range", same)
     device = FolderTransport(path=f"{tools}:{os.environ['PATH']}")

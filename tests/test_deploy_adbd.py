@@ -22,16 +22,10 @@ from device_tests.adb_server import open_server
 from device_tests.deploy import Deployment, clean, deploy, deployed
 from device_tests.errors import StorageFull
 from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
-)
+from device_tests.local_device_fixture import MakeLocalDevice
 from device_tests.remote_shell import DEVICE_ROOT, run_checked
 from device_tests.transport import Transport
 from export.bundle import Bundle, open_bundle
-from tests.private_adb_server import no_server, private_server  # noqa: F401
 from tests.test_deploy import make_bundle, random_bytes
 
 CHUNK = 1 << 20
@@ -81,7 +75,7 @@ def connected(port: int, kind: str = "tcp") -> Iterator[Transport]:
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice, kind: str) -> Iterator[Transport]:  # noqa: F811
+def transport(local_device: LocalDevice, kind: str) -> Iterator[Transport]:
     """The session's device, with nothing of ours on it."""
     with connected(local_device.port, kind) as transport:
         run_checked(transport, f"rm -rf {DEVICE_ROOT}")
@@ -152,14 +146,14 @@ class Cable:
 
 
 @pytest.fixture
-def cable(local_device: LocalDevice) -> Iterator[Cable]:  # noqa: F811
+def cable(local_device: LocalDevice) -> Iterator[Cable]:
     cable = Cable(local_device.port)
     yield cable
     cable.close()
 
 
 def test_push_again_list_and_clean(
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     transport: Transport,
     bundle: Bundle,
 ) -> None:
@@ -175,7 +169,7 @@ def test_push_again_list_and_clean(
 
 @pytest.mark.parametrize("after", [1, 2 * CHUNK + CHUNK // 2, HEAD_BYTES])
 def test_a_cut_stream_costs_at_most_a_chunk(
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     transport: Transport,
     cable: Cable,
     bundle: Bundle,
@@ -190,7 +184,7 @@ def test_a_cut_stream_costs_at_most_a_chunk(
 
 
 def test_a_killed_push_goes_on_in_the_next_process(
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     transport: Transport,
     bundle: Bundle,
 ) -> None:
@@ -213,7 +207,7 @@ def test_a_killed_push_goes_on_in_the_next_process(
 
 
 def test_a_restarted_device_is_waited_for(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     bundle: Bundle,
     kind: str,
 ) -> None:
@@ -226,7 +220,7 @@ def test_a_restarted_device_is_waited_for(
 
 
 def test_bytes_that_change_on_the_storage_are_sent_again(
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     transport: Transport,
     bundle: Bundle,
 ) -> None:
@@ -244,7 +238,7 @@ def test_bytes_that_change_on_the_storage_are_sent_again(
 
 
 def test_a_small_file_system(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     bundle: Bundle,
     tmp_path: Path,
     kind: str,
@@ -271,7 +265,7 @@ def test_a_small_file_system(
 
 
 def test_two_pushes_at_once(
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     transport: Transport,
     bundle: Bundle,
     kind: str,

@@ -18,7 +18,6 @@ from device_tests.adb_direct import DirectTransport
 from device_tests.device_lock import LOCK_FOLDER, DeviceLock, Process, holder, parse_holder
 from device_tests.errors import DeviceBusy
 from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import local_adbd, local_device  # noqa: F401
 from device_tests.remote_run import start
 from tests.bench_tools import ScriptRunner, connect, processes_of, request, wait_for
 
@@ -26,7 +25,7 @@ ANOTHER_HOST = Process("another machine", 1, "1")
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:  # noqa: F811
+def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:
     with connect(local_device) as transport:
         transport.shell(f"rm -rf {LOCK_FOLDER}")
         yield transport
@@ -116,7 +115,7 @@ def test_a_silent_lock_with_a_run_on_the_device_is_kept(
 
 def test_the_lock_of_a_process_that_died_here_is_taken_over_at_once(
     transport: DirectTransport,
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
 ) -> None:
     code = (
         "import sys; from tests.bench_tools import *; from device_tests.remote_run import start\n"

@@ -14,9 +14,11 @@ from device_tests.adb_direct import open_tcp
 from device_tests.device_lock import DeviceLock
 from device_tests.inventory import deployed
 from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import local_adbd, local_device  # noqa: F401
 from scripts.pocketdiff import run
 from tests.record_samples import bench as sample_bench
+
+# No adb server of this machine, and no serial of its user, has a say here.
+pytestmark = pytest.mark.usefixtures("no_server")
 
 SHORT = ("--cold", 0, "--speed", 1, "--natural", 0, "--memory", 0, "--steps", 2, "--poll", 0.1)
 
@@ -29,17 +31,8 @@ def last_line(text: str) -> dict:
     return json.loads(text.splitlines()[-1])
 
 
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No adb server of this machine, and no serial of its user, has a say here."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(free.getsockname()[1]))
-    monkeypatch.delenv("ADB_SERVER_SOCKET", raising=False)
-    monkeypatch.delenv("ANDROID_SERIAL", raising=False)
-
-
 @pytest.fixture
-def serial(local_device: LocalDevice) -> Iterator[str]:  # noqa: F811
+def serial(local_device: LocalDevice) -> Iterator[str]:
     """A device with nothing on it."""
     yield local_device.serial
     pocketdiff("clean", "--force", "--serial", local_device.serial)

@@ -20,12 +20,7 @@ from device_tests.local_device import (
     LocalDeviceUnavailable,
     kept,
 )
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
-)
+from device_tests.local_device_fixture import MakeLocalDevice
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -40,13 +35,13 @@ def say(device: LocalDevice | KeptDevice, command: str) -> str:
         connection.close()
 
 
-def test_has_a_folder_for_files_and_its_own_processes(local_device: LocalDevice) -> None:  # noqa: F811
+def test_has_a_folder_for_files_and_its_own_processes(local_device: LocalDevice) -> None:
     say(local_device, "echo hello > /data/local/tmp/greeting")
     assert local_device.path("/data/local/tmp/greeting").read_text() == "hello\n"
     assert int(say(local_device, "ls -d /proc/[0-9]* | wc -l")) < 10
 
 
-def test_shows_this_machine_read_only(local_device: LocalDevice, tmp_path: Path) -> None:  # noqa: F811
+def test_shows_this_machine_read_only(local_device: LocalDevice, tmp_path: Path) -> None:
     code = f"{sys.executable} -c 'import export.bundle as b; print(b.__file__)'"
     assert say(local_device, f"cd {REPOSITORY} && {code}").strip().endswith("export/bundle.py")
     assert "Read-only file system" in say(local_device, f"touch {REPOSITORY}/probe")
@@ -61,12 +56,12 @@ def test_shows_this_machine_read_only(local_device: LocalDevice, tmp_path: Path)
     assert not Path("/dev/shm/only-on-the-device").exists()
 
 
-def test_has_terminals(local_device: LocalDevice) -> None:  # noqa: F811
+def test_has_terminals(local_device: LocalDevice) -> None:
     code = "import os; print(os.ttyname(os.openpty()[1]))"
     assert say(local_device, f"{sys.executable} -I -S -c '{code}'").startswith("/dev/pts/")
 
 
-def test_listens_on_loopback_only(local_device: LocalDevice) -> None:  # noqa: F811
+def test_listens_on_loopback_only(local_device: LocalDevice) -> None:
     listening = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
@@ -80,7 +75,7 @@ def test_listens_on_loopback_only(local_device: LocalDevice) -> None:  # noqa: F
 
 
 def test_reboot_ends_processes_keeps_files_and_changes_the_boot_id(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
 ) -> None:
     device = make_local_device()
     before = say(device, "cat /proc/sys/kernel/random/boot_id").strip()
@@ -95,7 +90,7 @@ def test_reboot_ends_processes_keeps_files_and_changes_the_boot_id(
     assert "sleep" not in say(device, "cat /proc/[0-9]*/comm")
 
 
-def test_a_dead_detached_process_leaves_no_zombie(local_device: LocalDevice) -> None:  # noqa: F811
+def test_a_dead_detached_process_leaves_no_zombie(local_device: LocalDevice) -> None:
     """Else `kill -0` on its number would succeed for ever."""
     pid = int(say(local_device, "(setsid sleep 0.1 >/dev/null </dev/null & echo $!)"))
     give_up = time.monotonic() + 10
@@ -103,7 +98,7 @@ def test_a_dead_detached_process_leaves_no_zombie(local_device: LocalDevice) -> 
         assert time.monotonic() < give_up, "the process is still there"
 
 
-def test_a_small_data_fills_up(make_local_device: MakeLocalDevice) -> None:  # noqa: F811
+def test_a_small_data_fills_up(make_local_device: MakeLocalDevice) -> None:
     device = make_local_device(data_bytes=8 * 2**20)
     said = say(device, "dd if=/dev/zero of=/data/local/tmp/big bs=1048576 count=16")
     assert "No space left on device" in said
@@ -111,7 +106,7 @@ def test_a_small_data_fills_up(make_local_device: MakeLocalDevice) -> None:  # n
 
 
 def test_files_of_this_machine_lie_over_the_kernels(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     tmp_path: Path,
 ) -> None:
     """Over a folder that sysfs has, and over one that it lacks."""
@@ -130,8 +125,8 @@ def test_files_of_this_machine_lie_over_the_kernels(
 
 
 def test_two_devices_at_once(
-    local_device: LocalDevice,  # noqa: F811
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    local_device: LocalDevice,
+    make_local_device: MakeLocalDevice,
 ) -> None:
     other = make_local_device()
     assert other.port != local_device.port
@@ -206,7 +201,7 @@ def test_a_kept_device_is_found_again_and_stopped(tmp_path: Path) -> None:
 
 
 def test_over_its_memory_the_kernel_kills_the_largest(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
 ) -> None:
     try:
         device = make_local_device(memory_bytes=96 * 2**20)

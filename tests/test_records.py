@@ -45,6 +45,7 @@ def record(**changes: Any) -> dict[str, Any]:
             "workload": {
                 "prompt_tokens": 8, "prompt_text": None, "max_new_tokens": 8, "seed": 0,
                 "force_steps": 4, "settings": None, "warmup_steps": 2,
+                "memory_interval_ms": None, "memory_limit_bytes": None,
             },
             "versions": {"pocket_diffusion": "0.1.0"},
         },

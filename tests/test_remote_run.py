@@ -26,12 +26,7 @@ from device_tests.adb_direct import DirectTransport, open_tcp
 from device_tests.deploy import Deployment, deploy
 from device_tests.errors import DeviceError, DeviceGone, ProtocolError, StorageFull
 from device_tests.local_device import LocalDevice, LocalDeviceUnavailable
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
-)
+from device_tests.local_device_fixture import MakeLocalDevice
 from device_tests.records import REASONS
 from device_tests.remote_run import (
     Interrupted,
@@ -63,7 +58,7 @@ POLL_S = 0.05
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:  # noqa: F811
+def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:
     with connect(local_device) as transport:
         yield transport
         transport.shell(f"rm -rf {remote_run.RUNS_FOLDER}")
@@ -98,7 +93,7 @@ def test_a_run_is_followed_to_its_result(transport: DirectTransport) -> None:
     assert transport.stat(run.folder) is None
 
 
-def test_the_run_needs_no_open_connection(local_device: LocalDevice) -> None:  # noqa: F811
+def test_the_run_needs_no_open_connection(local_device: LocalDevice) -> None:
     with connect(local_device) as first:
         run = start(first, ScriptRunner(f"sleep 0.2; {result('alone')}"), request("alone"))
     with connect(local_device) as second:
@@ -156,7 +151,7 @@ def test_an_event_that_is_written_in_two_pieces_is_read_once(transport: DirectTr
 )
 def test_an_end_of_its_own_is_named(
     transport: DirectTransport,
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     script: str,
     reason: str,
     said: str,
@@ -179,7 +174,7 @@ def test_a_runner_that_vanishes_with_its_shell_is_noticed(transport: DirectTrans
 
 def test_a_run_that_tells_without_end_is_ended(
     transport: DirectTransport,
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(remote_run, "MAXIMUM_EVENTS_BYTES", 20_000)
@@ -190,7 +185,7 @@ def test_a_run_that_tells_without_end_is_ended(
 
 def test_a_hang_is_named_and_every_process_of_it_killed(
     transport: DirectTransport,
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
 ) -> None:
     memory = {"event": "memory", "t_ms": 5} | dict.fromkeys(
         ("rss_bytes", "pss_bytes", "anonymous_bytes", "file_bytes", "swap_bytes", "major_faults",
@@ -256,7 +251,7 @@ def cable(device: LocalDevice) -> Iterator[tuple[int, threading.Event]]:
 
 
 def test_a_cable_that_is_pulled_and_put_back_loses_nothing(
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
 ) -> None:
     told: list[object] = []
     numbers = "i=0; while [ $i -lt 40 ]; do i=$((i+1)); "
@@ -278,7 +273,7 @@ def test_a_cable_that_is_pulled_and_put_back_loses_nothing(
     assert [event["step"] for event in outcome.events] == list(range(1, 41))
 
 
-def test_a_device_that_does_not_come_back_is_named(local_device: LocalDevice) -> None:  # noqa: F811
+def test_a_device_that_does_not_come_back_is_named(local_device: LocalDevice) -> None:
     with cable(local_device) as (port, plugged), open_tcp("127.0.0.1", port) as transport:
         run = start(
             transport, ScriptRunner(started("lost") + "sleep 1"), request("lost"), gone_s=0.5
@@ -290,7 +285,7 @@ def test_a_device_that_does_not_come_back_is_named(local_device: LocalDevice) ->
     assert names(outcome) == ["started"]
 
 
-def test_a_device_that_restarts_is_named(make_local_device: MakeLocalDevice) -> None:  # noqa: F811
+def test_a_device_that_restarts_is_named(make_local_device: MakeLocalDevice) -> None:
     device = make_local_device()
     with connect(device) as transport:
         script = started("restart") + "sleep 600"
@@ -303,7 +298,7 @@ def test_a_device_that_restarts_is_named(make_local_device: MakeLocalDevice) -> 
     assert evidence["boot_id_before"] != evidence["boot_id_after"]
 
 
-def test_a_full_disk_is_named(make_local_device: MakeLocalDevice) -> None:  # noqa: F811
+def test_a_full_disk_is_named(make_local_device: MakeLocalDevice) -> None:
     device = make_local_device(data_bytes=1 << 20)
     with connect(device) as transport:
         # Everything but a runner that notices: it ends badly and can say nothing any more.
@@ -320,7 +315,7 @@ def test_a_full_disk_is_named(make_local_device: MakeLocalDevice) -> None:  # no
 
 
 @pytest.fixture
-def deployed(local_device: LocalDevice, toy_bundle: Path) -> Deployment:  # noqa: F811
+def deployed(local_device: LocalDevice, toy_bundle: Path) -> Deployment:
     with connect(local_device) as transport:
         return deploy(transport, open_bundle(toy_bundle, verify=False))
 
@@ -343,7 +338,7 @@ class Struck(Exception):
 )
 def test_a_runner_that_is_killed_or_stopped_is_named(
     transport: DirectTransport,
-    local_device: LocalDevice,  # noqa: F811
+    local_device: LocalDevice,
     deployed: Deployment,
     number: signal.Signals,
     reason: str,
@@ -377,7 +372,7 @@ def test_a_budget_that_is_too_small_is_named(
 
 
 def test_a_kill_by_the_kernel_for_want_of_memory_is_named(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
 ) -> None:
     try:
         device = make_local_device(memory_bytes=64 << 20)
@@ -408,7 +403,7 @@ def test_a_bundle_that_changed_on_the_device_is_refused(
 
 
 def test_a_disk_that_fills_up_under_the_runner_is_named(
-    make_local_device: MakeLocalDevice,  # noqa: F811
+    make_local_device: MakeLocalDevice,
     toy_bundle: Path,
 ) -> None:
     device = make_local_device(data_bytes=32 << 20)

@@ -8,15 +8,9 @@ from device_tests import adb_direct, adb_server
 from device_tests.adb_server import ServerAddress
 from device_tests.errors import DeviceGone, DeviceNotFound
 from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import (  # noqa: F401
-    MakeLocalDevice,
-    local_adbd,
-    local_device,
-    make_local_device,
-)
+from device_tests.local_device_fixture import MakeLocalDevice
 from device_tests.selection import DeviceEntry, list_devices, open_device
 from quantize.errors import DeviceError
-from tests.private_adb_server import no_server, private_server  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_usb")
 
@@ -30,8 +24,8 @@ def no_usb(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_an_address_is_reached_directly_without_a_server(
-    local_device: LocalDevice,  # noqa: F811
-    no_server: ServerAddress,  # noqa: F811
+    local_device: LocalDevice,
+    no_server: ServerAddress,
 ) -> None:
     transport = open_device(local_device.serial)
     assert (transport.kind, transport.serial) == ("tcp", local_device.serial)
@@ -41,8 +35,8 @@ def test_an_address_is_reached_directly_without_a_server(
 
 
 def test_the_environment_names_the_device(
-    local_device: LocalDevice,  # noqa: F811
-    no_server: ServerAddress,  # noqa: F811
+    local_device: LocalDevice,
+    no_server: ServerAddress,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ANDROID_SERIAL", local_device.serial)
@@ -54,8 +48,8 @@ def test_the_environment_names_the_device(
 
 
 def test_a_running_server_that_lacks_the_address_is_not_needed(
-    local_device: LocalDevice,  # noqa: F811
-    private_server: ServerAddress,  # noqa: F811
+    local_device: LocalDevice,
+    private_server: ServerAddress,
 ) -> None:
     transport = open_device(local_device.serial)
     assert transport.kind == "tcp"
@@ -64,8 +58,8 @@ def test_a_running_server_that_lacks_the_address_is_not_needed(
 
 
 def test_asking_for_the_server_starts_it_and_connects(
-    local_device: LocalDevice,  # noqa: F811
-    no_server: ServerAddress,  # noqa: F811
+    local_device: LocalDevice,
+    no_server: ServerAddress,
 ) -> None:
     transport = open_device(local_device.serial, via="server")
     assert transport.kind == "server" and transport.shell("exit 3").exit_code == 3
@@ -80,9 +74,9 @@ def test_asking_for_the_server_starts_it_and_connects(
 
 
 def test_of_several_one_must_be_named(
-    local_device: LocalDevice,  # noqa: F811
-    make_local_device: MakeLocalDevice,  # noqa: F811
-    private_server: ServerAddress,  # noqa: F811
+    local_device: LocalDevice,
+    make_local_device: MakeLocalDevice,
+    private_server: ServerAddress,
 ) -> None:
     other = make_local_device()
     for device in (local_device, other):
