@@ -116,7 +116,7 @@ def _module(shape: Shape, form: str):  # -> torch.nn.Module
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
-    from export.models.diffusion_gemma import gelu_tanh
+    from export.models.blocks import gelu_tanh
     from export.models.experts import DenseExperts, Expert, GatheredExperts
 
     generator = torch.Generator().manual_seed(SEED)

@@ -267,7 +267,7 @@ def _module(arguments: argparse.Namespace, variant: str):  # -> torch.nn.Module
 def _inputs(arguments: argparse.Namespace):  # -> tuple[torch.Tensor, ...]
     import torch
 
-    from export.generation import UniformDiffusionSettings
+    from export.uniform_diffusion import UniformDiffusionSettings
 
     generator = torch.Generator().manual_seed(SEED + 1)
     shape = (1, arguments.canvas)

@@ -166,7 +166,7 @@ def compare(
         raise CompareRefused(
             "the runs were made under different conditions: "
             f"{'; '.join(found.sentence for found in refused)}; choose runs that agree, or say "
-            f"that they differ on purpose with across {','.join(names)}"
+            f"that they differ on purpose with `--across {','.join(names)}`"
         )
     mixed = [found for found in differences if found.mixed and not _may_vary(found)]
     if mixed:

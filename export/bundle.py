@@ -21,7 +21,7 @@ from typing import Any, Literal
 from quantize.atomic_folder import atomic_folder
 from quantize.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "bundle.json"
 MAXIMUM_MANIFEST_BYTES = 16 * 2**20
 _CHUNK_BYTES = 1 << 20
@@ -35,11 +35,15 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a program: its name, its dtype (`float32`, `int64`) and its shape."""
+    """One input or output of a program: its name, its dtype (`float32`, `int64`) and its shape.
+
+    dynamic: axes whose size may be anything from 1 to the one in `shape`.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    dynamic: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,38 @@ class Stage:
     outputs: tuple[TensorSpec, ...]
     method: str = "forward"
     data_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a `layers` stage within a pass, for models that run a stage several times.
+
+    inputs, outputs: the stage's name of a tensor -> the name of the value that goes in or comes
+    out, where they differ. constants: the stage's name of an input -> its value, as [1] int64.
+    """
+
+    stage: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the loop of a masked-diffusion or an autoregressive model uses its layers.
+
+    prefill_length: most tokens in one call of the layers. block_length: a position sees the whole
+    block that it is in, and all blocks before (blocks count from position 0): 1 is causal, 0 is one
+    block of everything. shift: the hidden state at a position is that of the token so many
+    positions later (1: autoregressive, and diffusion models made from such). mask_token: None for
+    autoregressive models. bidirectional_prompt: the first turn's prompt is one block (PrefixLM).
+    """
+
+    prefill_length: int
+    block_length: int = 1
+    shift: int = 0
+    mask_token: int | None = None
+    bidirectional_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +166,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything `bundle.json` says except the list of files, which writing fills in."""
+    """Everything `bundle.json` says except the list of files, which writing fills in.
+
+    decoding: None for uniform diffusion. schedule: the runs of the `layers` stages in a pass; if
+    empty, each once and in their order.
+    """
 
     model: ModelInfo
     style: Style
@@ -145,6 +185,8 @@ class Manifest:
     delegation: dict[str, Delegation] = field(default_factory=dict)
     random: Random = field(default_factory=Random)
     notes: tuple[str, ...] = ()
+    decoding: Decoding | None = None
+    schedule: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -368,6 +410,8 @@ def _parse(document: dict[str, Any]) -> tuple[Manifest, dict[str, FileEntry]]:
         delegation={name: Delegation(**entry) for name, entry in document["delegation"].items()},
         random=Random(**document["random"]),
         notes=tuple(document["notes"]),
+        decoding=None if document.get("decoding") is None else Decoding(**document["decoding"]),
+        schedule=tuple(Call(**call) for call in document.get("schedule", ())),
     )
     files = {name: FileEntry(**entry) for name, entry in document["files"].items()}
     return manifest, files
@@ -376,7 +420,12 @@ def _parse(document: dict[str, Any]) -> tuple[Manifest, dict[str, FileEntry]]:
 def _parse_stage(stage: dict[str, Any]) -> Stage:
     tensors = {
         side: tuple(
-            TensorSpec(name=spec["name"], dtype=spec["dtype"], shape=tuple(spec["shape"]))
+            TensorSpec(
+                name=spec["name"],
+                dtype=spec["dtype"],
+                shape=tuple(spec["shape"]),
+                dynamic=tuple(spec.get("dynamic", ())),
+            )
             for spec in stage[side]
         )
         for side in ("inputs", "outputs")
@@ -389,6 +438,12 @@ def _document(manifest: Manifest, files: Mapping[str, FileEntry]) -> dict[str, A
     for stage in document["stages"]:
         if stage["data_file"] is None:
             del stage["data_file"]
+        for spec in stage["inputs"] + stage["outputs"]:
+            if not spec["dynamic"]:
+                del spec["dynamic"]
+    for name in ("decoding", "schedule"):
+        if not document[name]:
+            del document[name]
     document = {"schema_version": SCHEMA_VERSION} | document
     document["files"] = {name: asdict(entry) for name, entry in sorted(files.items())}
     # Tuples become lists, as they will be when the file is read back.
@@ -415,8 +470,17 @@ def _check_references(manifest: Manifest, files: Mapping[str, FileEntry], folder
         raise BundleError(f"{folder} has two stages of one name ({', '.join(names)})")
     if unknown := set(manifest.delegation) - set(names):
         raise BundleError(f"{folder} reports delegation of {sorted(unknown)}, which are no stages")
+    if unknown := {call.stage for call in manifest.schedule} - set(names):
+        raise BundleError(f"{folder} schedules {sorted(unknown)}, which are no stages")
+    if manifest.decoding is None and manifest.style != "uniform_diffusion":
+        raise BundleError(
+            f"{folder} generates by {manifest.style} and does not say how (decoding); export the "
+            "bundle again"
+        )
     model, special = manifest.model, manifest.special_tokens
     ids = [*special.eos, *(i for i in (special.pad, special.bos) if i is not None)]
+    if manifest.decoding is not None and manifest.decoding.mask_token is not None:
+        ids.append(manifest.decoding.mask_token)
     for token in ids:
         if token >= model.vocabulary_size:
             raise BundleError(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export.generation import UniformDiffusionSession, score
 from export.tokenizer import TextTokenizer
+from export.uniform_diffusion import UniformDiffusionSession, score
 from quantize.errors import InputError
 from quantize.puzzles import Puzzle, is_exact
 

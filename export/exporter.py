@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from export.backends import LoweredStage, check_backend, lower_stage
 from export.bundle import (
@@ -88,6 +91,8 @@ def export_bundle(
                 recipe=None if checkpoint.recipe is None else _recipe_summary(checkpoint.recipe),
                 delegation=delegation,
                 notes=model.notes,
+                decoding=model.decoding,
+                schedule=model.schedule,
             )
         )
     return open_bundle(Path(destination), verify=False)
@@ -113,16 +118,21 @@ def _describe(stage: StageModule, lowered: LoweredStage) -> Stage:
         name=stage.name,
         role=stage.role,
         file=_file(stage),
-        inputs=_specs(stage.input_names, stage.example_inputs),
-        outputs=_specs(stage.output_names, lowered.outputs),
+        inputs=tuple(
+            _spec(name, tensor.dtype, tensor.shape, stage.dynamic.get(name, ()))
+            for name, tensor in zip(stage.input_names, stage.example_inputs, strict=True)
+        ),
+        outputs=tuple(
+            _spec(name, output.dtype, output.shape, output.dynamic)
+            for name, output in zip(stage.output_names, lowered.outputs, strict=True)
+        ),
     )
 
 
-def _specs(names: tuple[str, ...], tensors: tuple) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in zip(names, tensors, strict=True)
-    )
+def _spec(
+    name: str, dtype: torch.dtype, shape: Sequence[int], dynamic: Iterable[int]
+) -> TensorSpec:
+    return TensorSpec(name, str(dtype).removeprefix("torch."), tuple(shape), tuple(sorted(dynamic)))
 
 
 def _recipe_summary(recipe: dict) -> dict:

@@ -1,120 +1,25 @@
-"""The host's loop of uniform diffusion: encode, denoise a canvas, commit it, go on to the next.
+"""What a generation is, whatever the model's style: sessions, turns, events, results.
 
-It moves small arrays between a model's layers and head, and counts; it sees no logits, no weights
-and no text, and needs no torch. Semantics: `generate` of transformers 5.23,
-`models/diffusion_gemma/generation_diffusion_gemma.py`, batch 1, with the random numbers of
-`export.philox`.
+A session is the host's loop over a model: it moves small arrays between layers and head, and
+counts; it sees no logits, no weights and no text, and needs no torch. The loops are
+`export.uniform_diffusion`, `export.masked_diffusion` and `export.autoregressive`.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from export import philox
 from export.bundle import ModelInfo, SpecialTokens
 from export.process import peak_rss_bytes
 from quantize.errors import InputError
 
 FinishReason = Literal["eos", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class HeadOutput:
-    """What one denoising step leaves, arrays `[T]`.
-
-    `signal` (`[1, T, H]`, of whatever kind the model takes back) is the soft embedding for the next
-    step's self-conditioning. Entropies are in nats, of the processed logits.
-    """
-
-    next_canvas: np.ndarray
-    argmax: np.ndarray
-    entropy: np.ndarray
-    accepted: np.ndarray
-    stable_steps: int
-    finished: bool
-    target_log_prob: np.ndarray
-    signal: Any
-
-
-class UniformDiffusionModel(Protocol):
-    """A model as the loop sees it. Arrays are `[T]`: int64 tokens, fp32 numbers."""
-
-    info: ModelInfo
-
-    def zero_signal(self) -> Any:
-        """The self-conditioning signal of a canvas's first step."""
-
-    def layers(self, tokens: np.ndarray, start: int, denoise: bool, signal: Any) -> Any:
-        """Run T tokens at positions start .. start + T; returns the hidden states for `head`.
-
-        Encoding is causal and commits keys and values; denoising is bidirectional over the context
-        before `start` and the canvas, and leaves its keys and values as scratch.
-        """
-
-    def head(
-        self,
-        hidden: Any,
-        canvas: np.ndarray,
-        previous_argmax: np.ndarray,
-        stable_steps: int,
-        step: int,
-        settings: np.ndarray,
-        uniform: np.ndarray,
-        random_tokens: np.ndarray,
-        targets: np.ndarray,
-    ) -> HeadOutput:
-        """Sample, accept, renoise and test for the end; `step` counts the steps remaining."""
-
-
-@dataclass(frozen=True)
-class UniformDiffusionSettings:
-    """The entropy-bound sampler's settings; the defaults are those of transformers.
-
-    Temperature falls linearly from `t_max` to `t_min` over `max_steps`; positions are accepted in
-    the order of their entropy while its running sum stays within `entropy_bound` nats; a canvas is
-    finished when its argmax did not change for `stability_threshold` steps and its mean entropy is
-    below `confidence_threshold` nats (0 never stops early). Raises InputError for a value out of
-    range.
-    """
-
-    max_steps: int = 48
-    t_min: float = 0.4
-    t_max: float = 0.8
-    entropy_bound: float = 0.1
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "stability_threshold"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value != int(value):
-                raise InputError(f"{name} is {value!r}; give a whole number")
-            object.__setattr__(self, name, int(value))
-        _require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
-        _require(self.stability_threshold >= 0, "stability_threshold", self.stability_threshold,
-                 "at least 0")  # fmt: skip
-        _require(self.t_min >= 0 and math.isfinite(self.t_min), "t_min", self.t_min, "at least 0")
-        _require(self.t_max >= self.t_min and self.t_max > 0 and math.isfinite(self.t_max),
-                 "t_max", self.t_max, f"more than 0 and at least t_min ({self.t_min})")  # fmt: skip
-        _require(self.entropy_bound >= 0, "entropy_bound", self.entropy_bound, "at least 0")
-        _require(self.confidence_threshold >= 0, "confidence_threshold",
-                 self.confidence_threshold, "at least 0")  # fmt: skip
-
-    def as_array(self) -> np.ndarray:
-        """The head's `settings` input, `[6]` fp32 in the order of the fields."""
-        return np.array(list(asdict(self).values()), dtype=np.float32)
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{name} is {value}; give {expected}")
 
 
 @dataclass(frozen=True)
@@ -261,24 +166,27 @@ class GenerationResult:
         return 1000 * self.new_tokens / self.total_ms if self.canvases else None
 
 
-class UniformDiffusionSession:
+class Session:
     """A conversation with one model: which tokens there are, and how many the KV cache holds.
 
-    One session at a time per model, since the cache is the model's.
+    One session at a time per model, since the cache is the model's. What a style adds is its
+    settings (a dataclass) and its `Turn`.
     """
 
-    def __init__(
-        self,
-        model: UniformDiffusionModel,
-        special_tokens: SpecialTokens | None = None,
-        settings: UniformDiffusionSettings | None = None,
-    ) -> None:
+    turn_class: type[Turn]
+
+    def __init__(self, model: Any, special_tokens: SpecialTokens, settings: Any) -> None:
         self.model = model
-        self.special_tokens = special_tokens or SpecialTokens()
-        self.settings = settings or UniformDiffusionSettings()
+        self.special_tokens = special_tokens
+        self.settings = settings
         self._tokens: list[int] = []
         self._cached = 0
         self._canvases = 0
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model's sizes."""
+        return self.model.info
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -317,7 +225,7 @@ class UniformDiffusionSession:
         max_new_tokens: int,
         seed: int = 0,
         *,
-        settings: UniformDiffusionSettings | None = None,
+        settings: Any = None,
         force_steps: int | None = None,
         on_event: Callable[[Event], None] | None = None,
         cancel: Callable[[], bool] | None = None,
@@ -332,16 +240,14 @@ class UniformDiffusionSession:
         anything runs, for ids out of the vocabulary and for what does not fit in the context.
         """
         settings = settings or self.settings
-        if force_steps is not None:
-            settings = replace(settings, max_steps=force_steps)
         prompt = [int(token) for token in prompt]
         canvas_count = self._check(prompt, max_new_tokens, seed)
         before = len(self._tokens), self._canvases
         self._tokens.extend(prompt)
-        turn = _Turn(
-            self, seed, settings, force_steps is not None, on_event or _ignore, cancel or _never
-        )
         try:
+            turn = self.turn_class(
+                self, seed, settings, force_steps, on_event or _ignore, cancel or _never
+            )
             return turn.run(len(prompt), canvas_count)
         except BaseException:
             self.truncate(before[0])
@@ -381,29 +287,28 @@ class UniformDiffusionSession:
         return canvas_count
 
 
-class _Cancelled(Exception):
-    pass
+class Cancelled(Exception):
+    """Raised inside a turn when the caller wants no more; `Turn.run` ends with what there is."""
 
 
-class _Turn:
-    """The work and the clock of one `generate` call."""
+class Turn:
+    """The work and the clock of one `generate` call; a style adds `encode` and `denoise_canvas`."""
 
     def __init__(
         self,
-        session: UniformDiffusionSession,
+        session: Session,
         seed: int,
-        settings: UniformDiffusionSettings,
-        is_forced: bool,
+        settings: Any,
+        force_steps: int | None,
         on_event: Callable[[Event], None],
         cancel: Callable[[], bool],
     ) -> None:
         self.session = session
         self.model = session.model
-        self.info = session.model.info
+        self.info = session.info
         self.seed = seed
         self.settings = settings
-        self.settings_array = settings.as_array()
-        self.is_forced = is_forced
+        self.force_steps = force_steps
         self.listener = on_event
         self.cancel = cancel
         self.began = time.perf_counter()
@@ -412,13 +317,19 @@ class _Turn:
         self.first_draft_ms: float | None = None
         self.first_commit_ms: float | None = None
 
-    def on_event(self, event: Event) -> None:
-        began = time.perf_counter()
-        self.listener(event)
-        # Whoever watches takes time that is not the model's: move the beginning.
-        self.began += time.perf_counter() - began
+    def encode(self) -> None:
+        """Bring what is committed into the KV cache, as far as the next canvas needs it."""
+        raise NotImplementedError
+
+    def denoise_canvas(self, is_final: bool) -> tuple[CanvasResult, bool]:
+        """Make and `commit` one canvas behind the cached tokens; also whether the text ended.
+
+        is_final: no further canvas was asked for.
+        """
+        raise NotImplementedError
 
     def run(self, prompt_tokens: int, canvas_count: int) -> GenerationResult:
+        """Encode and denoise, canvas by canvas, until the end or `canvas_count`."""
         canvases: list[CanvasResult] = []
         reason: FinishReason = "length"
         try:
@@ -429,7 +340,7 @@ class _Turn:
                 if has_ended:
                     reason = "eos"
                     break
-        except _Cancelled:
+        except Cancelled:
             reason = "cancelled"
         return GenerationResult(
             prompt_tokens=prompt_tokens,
@@ -438,161 +349,70 @@ class _Turn:
             special_tokens=self.session.special_tokens,
             prompt_ms=self.prompt_ms,
             encode_ms=self.encode_ms,
-            total_ms=_ms_since(self.began),
+            total_ms=ms_since(self.began),
             first_draft_ms=self.first_draft_ms,
             first_commit_ms=self.first_commit_ms,
             peak_rss_bytes=peak_rss_bytes(),
         )
 
-    def encode(self) -> None:
-        """Commit all uncached tokens, a canvas length at a time."""
-        session, size = self.session, self.info.canvas_length
-        total = len(session._tokens) - session._cached
-        signal = self.model.zero_signal()
-        done = 0
-        while done < total:
-            self.stop_if_cancelled()
-            start = session._cached
-            known = session._tokens[start : start + size]
-            # A short chunk is padded. The canvas that follows overwrites what is behind its end,
-            # and fits in the context, so the padding does too.
-            chunk = np.zeros(size, dtype=np.int64)
-            chunk[: len(known)] = known
-            began = time.perf_counter()
-            self.model.layers(chunk, start, False, signal)
-            ms = _ms_since(began)
-            session._cached += len(known)
-            done += len(known)
-            if self.first_commit_ms is None:
-                self.prompt_ms += ms
-            else:
-                self.encode_ms += ms
-            self.on_event(PromptEncoded(done, total, ms))
+    def on_event(self, event: Event) -> None:
+        """Tell the caller; the time that takes does not count."""
+        began = time.perf_counter()
+        self.listener(event)
+        # Whoever watches takes time that is not the model's: move the beginning.
+        self.began += time.perf_counter() - began
 
-    def denoise_canvas(self, is_final: bool) -> tuple[CanvasResult, bool]:
-        """Denoise and commit one canvas behind the cached tokens; also whether the text ended."""
-        session, size, vocabulary = (
-            self.session,
-            self.info.canvas_length,
-            self.info.vocabulary_size,
-        )
-        index, start, max_steps = session._canvases, session._cached, self.settings.max_steps
-        canvas = philox.random_tokens(self.seed, index, 0, size, vocabulary)
-        self.on_event(CanvasStarted(index, canvas))
-        argmax = np.full(size, -1, dtype=np.int64)
-        targets = np.zeros(size, dtype=np.int64)
-        signal, stable_steps, finished = self.model.zero_signal(), 0, False
-        steps: list[StepStats] = []
-        for step in range(1, max_steps + 1):
-            self.stop_if_cancelled()
-            uniform = philox.uniforms(self.seed, index, step, size)
-            random_tokens = philox.random_tokens(self.seed, index, step, size, vocabulary)
-            began = time.perf_counter()
-            hidden = self.model.layers(canvas, start, True, signal)
-            layers_ms = _ms_since(began)
-            began = time.perf_counter()
-            output = self.model.head(
-                hidden,
-                canvas,
-                argmax,
-                stable_steps,
-                max_steps - step + 1,
-                self.settings_array,
-                uniform,
-                random_tokens,
-                targets,
-            )
-            head_ms = _ms_since(began)
-            canvas, argmax, signal = output.next_canvas, output.argmax, output.signal
-            stable_steps, finished = output.stable_steps, output.finished
-            steps.append(
-                StepStats(
-                    layers_ms, head_ms, int(output.accepted.sum()), float(output.entropy.mean())
-                )
-            )
-            if self.first_draft_ms is None:
-                self.first_draft_ms = _ms_since(self.began)
-            self.on_event(
-                CanvasDenoised(
-                    index,
-                    step,
-                    max_steps,
-                    canvas,
-                    argmax,
-                    output.accepted,
-                    output.entropy,
-                    layers_ms,
-                    head_ms,
-                    finished,
-                )
-            )
-            if finished and not self.is_forced:
-                break
-        committed, has_ended = self.finalize(argmax)
-        session._tokens.extend(committed.tolist())
+    def encoded(self, tokens: int, done: int, total: int, ms: float) -> None:
+        """`tokens` more are in the KV cache: `done` of `total`, the last ones in `ms`."""
+        self.session._cached += tokens
+        if self.first_commit_ms is None:
+            self.prompt_ms += ms
+        else:
+            self.encode_ms += ms
+        self.on_event(PromptEncoded(done, total, ms))
+
+    def drafted(self) -> None:
+        """A denoising step is done."""
+        if self.first_draft_ms is None:
+            self.first_draft_ms = ms_since(self.began)
+
+    def commit(
+        self, tokens: np.ndarray, steps: Sequence[StepStats], *, converged: bool, is_last: bool
+    ) -> CanvasResult:
+        """Append `tokens` to the session as its next canvas, and tell."""
+        session = self.session
+        index = session._canvases
+        session._tokens.extend(tokens.tolist())
         session._canvases += 1
         if self.first_commit_ms is None:
-            self.first_commit_ms = _ms_since(self.began)
-        self.on_event(CanvasCommitted(index, committed, len(steps), has_ended or is_final))
-        result = CanvasResult(index, tuple(committed.tolist()), tuple(steps), finished)
-        return result, has_ended
+            self.first_commit_ms = ms_since(self.began)
+        self.on_event(CanvasCommitted(index, tokens, len(steps), is_last))
+        return CanvasResult(index, tuple(tokens.tolist()), tuple(steps), converged)
 
-    def finalize(self, argmax: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Pad behind the first end token, if there is one and a padding token."""
+    def padded(self, tokens: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Pad behind the first end token, if there is one and a padding token; is there one?"""
         special = self.session.special_tokens
-        ends = np.flatnonzero(np.isin(argmax, special.eos))
-        committed = argmax.copy()
+        ends = np.flatnonzero(np.isin(tokens, special.eos))
+        committed = tokens.copy()
         if ends.size and special.pad is not None:
             committed[ends[0] + 1 :] = special.pad
         return committed, bool(ends.size)
 
     def stop_if_cancelled(self) -> None:
+        """To be called before every run of the model."""
         if self.cancel():
-            raise _Cancelled
+            raise Cancelled
 
 
-def score(
-    model: UniformDiffusionModel,
-    prompt: Sequence[int],
-    noisy_canvas: Sequence[int],
-    targets: Sequence[int],
-) -> np.ndarray:
-    """Log probabilities `[T]` (nats, temperature 1) of `targets` after one step on a noisy canvas.
-
-    Encodes `prompt` from position 0 and denoises once without a self-conditioning signal: the
-    architecture's own loss is minus their mean. Any session of the model is overwritten. Raises
-    InputError as `generate` does.
-    """
-    size = model.info.canvas_length
-    if len(noisy_canvas) != size or len(targets) != size:
-        raise InputError(
-            f"a canvas of {len(noisy_canvas)} and {len(targets)} targets were given; give "
-            f"{size} tokens each"
-        )
-    settings = UniformDiffusionSettings(max_steps=1, t_min=1.0, t_max=1.0)
-    session = UniformDiffusionSession(model, settings=settings)
-    for tokens in (noisy_canvas, targets, prompt):
-        session._check(list(tokens), size, 0)
-    session._tokens.extend(int(token) for token in prompt)
-    _Turn(session, 0, settings, True, _ignore, _never).encode()
-    canvas = np.asarray(noisy_canvas, dtype=np.int64)
-    hidden = model.layers(canvas, len(prompt), True, model.zero_signal())
-    output = model.head(
-        hidden,
-        canvas,
-        np.full(size, -1, dtype=np.int64),
-        0,
-        1,
-        settings.as_array(),
-        philox.uniforms(0, 0, 1, size),
-        philox.random_tokens(0, 0, 1, size, model.info.vocabulary_size),
-        np.asarray(targets, dtype=np.int64),
-    )
-    return output.target_log_prob
-
-
-def _ms_since(began: float) -> float:
+def ms_since(began: float) -> float:
+    """Milliseconds since `began` of time.perf_counter."""
     return 1000 * (time.perf_counter() - began)
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise InputError for a setting out of range."""
+    if not holds:
+        raise InputError(f"{name} is {value}; give {expected}")
 
 
 def _ignore(event: Event) -> None:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.generation import UniformDiffusionSettings
 from export.lookup import lookup_table
 from export.samplers import entropy_bound
+from export.uniform_diffusion import UniformDiffusionSettings
 
 Arithmetic = Literal["fp32", "int8"]
 

@@ -47,7 +47,7 @@ from quantize.errors import BundleError, InputError, UserError
 # torch and what imports it come later: a request that is refused must not wait for them.
 if TYPE_CHECKING:
     from export.bundle import Bundle
-    from export.generation import Event, GenerationResult, UniformDiffusionSession
+    from export.generation import Event, GenerationResult, Session
     from export.tokenizer import TextTokenizer
 
 RUNNER = "linux"
@@ -120,7 +120,7 @@ class _Run:
         self.events = events
         self.thermal_folder = thermal_folder
         self.is_cancelled = False
-        self.session: UniformDiffusionSession | None = None
+        self.session: Session | None = None
         self.tokenizer: TextTokenizer | None = None
         self.tokens: list[int] = []
         self.limit_bytes: int | None = None
@@ -254,9 +254,7 @@ class _Run:
         """A short answer of a session of its own, which leaves nothing behind."""
         if request.warmup_steps == 0:
             return
-        from export.generation import UniformDiffusionSession
-
-        session = UniformDiffusionSession(
+        session = type(self.session)(
             self.session.model, self.session.special_tokens, self.session.settings
         )
         with self.timed("warmup_ms"):

@@ -1,6 +1,6 @@
 """Runs a model's stages for the host's loop: a bundle's programs in ExecuTorch, or eager modules.
 
-The loop itself is `export.generation`'s; which session serves which style of bundle is the table
+The loops are sessions of `export.generation`; which session serves which style is the table
 `SESSIONS`.
 """
 
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from export.bundle import Bundle, ModelInfo, Sampler, SpecialTokens, Stage, TensorSpec
-from export.generation import (
+from export.process import captured_stderr
+from export.staging import StagedModel
+from export.uniform_diffusion import (
     HeadOutput,
     UniformDiffusionSession,
     UniformDiffusionSettings,
 )
-from export.process import captured_stderr
-from export.staging import StagedModel
 from quantize.errors import BundleError, InputError
 
 # ExecuTorch's ScalarType (runtime/core/portable_type/scalar_type.h).

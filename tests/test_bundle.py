@@ -93,7 +93,7 @@ def change_field(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
 
 
 REFUSED_MANIFESTS = {
-    "a newer schema version": (change_field("schema_version", to=2), "schema version 2.*update"),
+    "a newer schema version": (change_field("schema_version", to=3), "schema version 3.*update"),
     "a schema version that is no integer": (change_field("schema_version", to="1"), "'1'"),
     "a schema version that is true": (change_field("schema_version", to=True), "True"),
     "a style that is not known": (change_field("style", to="telepathy"), "style.*telepathy"),

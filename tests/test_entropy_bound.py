@@ -13,8 +13,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     StableAndConfidentStoppingCriteria,
 )
 
-from export.generation import UniformDiffusionSettings
 from export.samplers import entropy_bound
+from export.uniform_diffusion import UniformDiffusionSettings
 
 
 def settings_tensor(**chosen: float) -> torch.Tensor:

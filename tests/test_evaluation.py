@@ -11,12 +11,8 @@ from scipy import stats
 
 from export.bundle import ModelInfo, SpecialTokens
 from export.evaluation import corrupt, evaluate, target_canvas, wilson_interval
-from export.generation import (
-    HeadOutput,
-    UniformDiffusionSession,
-    UniformDiffusionSettings,
-)
 from export.tokenizer import TextTokenizer
+from export.uniform_diffusion import HeadOutput, UniformDiffusionSession, UniformDiffusionSettings
 from quantize.errors import InputError
 from quantize.puzzles import Puzzle, generate
 

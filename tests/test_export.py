@@ -16,15 +16,12 @@ from export.backends import lower_stage
 from export.backends.xnnpack import QUANTIZED_LINEAR
 from export.bundle import Bundle, open_bundle
 from export.exporter import export_bundle
-from export.generation import (
-    CanvasDenoised,
-    UniformDiffusionSession,
-    UniformDiffusionSettings,
-)
+from export.generation import CanvasDenoised
 from export.models import stage_model
 from export.runtime import BundleModel, EagerModel
 from export.staging import StagedModel, StageModule
 from export.tokenizer import open_tokenizer
+from export.uniform_diffusion import UniformDiffusionSession, UniformDiffusionSettings
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import LoweringError
 from quantize.puzzles import KINDS, generate

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from export.backends import LoweredStage, lower_stage
 from export.bundle import Delegation
-from export.models.diffusion_gemma import gelu_tanh
+from export.models.blocks import gelu_tanh
 from export.models.experts import DenseExperts, Expert, GatheredExperts, chosen_rows
 from export.staging import StageModule
 from quantize.errors import LoweringError

@@ -16,14 +16,11 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from export import philox
 from export.bundle import SpecialTokens
-from export.generation import (
-    CanvasDenoised,
-    UniformDiffusionSession,
-    UniformDiffusionSettings,
-)
+from export.generation import CanvasDenoised
 from export.models import stage_model
 from export.runtime import EagerModel
 from export.tokenizer import TextTokenizer, tokenizer_files
+from export.uniform_diffusion import UniformDiffusionSession, UniformDiffusionSettings
 from quantize.checkpoint import open_checkpoint
 from quantize.puzzles import generate
 from tests import hf_reference

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.generation import UniformDiffusionSettings
 from export.head import DiffusionHead, head_example_inputs, head_partitioners
+from export.uniform_diffusion import UniformDiffusionSettings
 
 HIDDEN = 32
 

@@ -13,18 +13,14 @@ import torch
 
 from export import philox
 from export.bundle import Sampler, Stage, open_bundle, write_bundle
-from export.generation import (
-    CanvasCommitted,
-    CanvasDenoised,
-    CanvasStarted,
-    Event,
+from export.generation import CanvasCommitted, CanvasDenoised, CanvasStarted, Event, PromptEncoded
+from export.runtime import BundleModel, EagerModel, open_session
+from export.uniform_diffusion import (
     HeadOutput,
-    PromptEncoded,
     UniformDiffusionSession,
     UniformDiffusionSettings,
     score,
 )
-from export.runtime import BundleModel, EagerModel, open_session
 from quantize.errors import BundleError, InputError
 from tests import toy_model
 from tests.toy_model import INFO, SPECIAL

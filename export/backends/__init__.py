@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from export.bundle import Delegation
 from export.staging import StageModule
@@ -20,14 +20,23 @@ BACKENDS = {
 
 
 @dataclass(frozen=True)
+class Output:
+    """What a program gives: its type, and its shape at the largest lengths."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    dynamic: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class LoweredStage:
     """A stage's program: how to write it, what it gives, and which operators run where.
 
-    `write` writes the `.pte` file; `outputs` are tensors without data, from the trace, in order.
+    `write` writes the `.pte` file; `outputs` say dtype, largest shape and dynamic axes, in order.
     """
 
     write: Callable[[Path], None]
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Output, ...]
     delegation: Delegation
 
 

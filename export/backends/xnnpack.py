@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._sympy.value_ranges import bound_sympy
 
-from export.backends import LoweredStage
+from export.backends import LoweredStage, Output
 from export.bundle import Delegation
 from export.staging import StageModule
 from quantize.errors import LoweringError
@@ -51,7 +52,9 @@ def lower_stage(stage: StageModule) -> LoweredStage:
         # Cloned: one tensor given for two inputs would be traced as one input used twice.
         inputs = tuple(tensor.clone() for tensor in stage.example_inputs)
         with experts.hidden():
-            exported = torch.export.export(stage.module, inputs, strict=False)
+            exported = torch.export.export(
+                stage.module, inputs, dynamic_shapes=_dynamic_shapes(stage), strict=False
+            )
         # The plain partitioner takes dynamically quantized linears, too. With the one made for
         # them in front, each linear becomes a delegate of its own (seven times as many), and the
         # head's chunks become one delegate that holds a whole canvas of logits.
@@ -142,10 +145,37 @@ def _check_linears(stage: StageModule, found: int) -> None:
         )
 
 
-def _outputs(exported: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...]:
-    """What the traced module returns, as tensors without data."""
+def _dynamic_shapes(stage: StageModule) -> tuple[dict[int, torch.export.Dim], ...] | None:
+    """The stage's dynamic axes as torch.export takes them."""
+    if not stage.dynamic:
+        return None
+    examples = dict(zip(stage.input_names, stage.example_inputs, strict=True))
+    lengths = {
+        name: torch.export.Dim(name, min=1, max=examples[tensor].shape[axis])
+        for tensor, axes in stage.dynamic.items()
+        for axis, name in axes.items()
+    }
+    return tuple(
+        {axis: lengths[name] for axis, name in stage.dynamic.get(tensor, {}).items()}
+        for tensor in stage.input_names
+    )
+
+
+def _outputs(exported: torch.export.ExportedProgram) -> tuple[Output, ...]:
+    """What the traced module returns."""
     nodes = {node.name: node for node in exported.graph.nodes}
-    return tuple(nodes[name].meta["val"] for name in exported.graph_signature.user_outputs)
+    values = [nodes[name].meta["val"] for name in exported.graph_signature.user_outputs]
+    found = []
+    for value in values:
+        dynamic = tuple(i for i, n in enumerate(value.shape) if isinstance(n, torch.SymInt))
+        shape = tuple(
+            int(bound_sympy(n.node.expr, exported.range_constraints).upper)
+            if isinstance(n, torch.SymInt)
+            else n
+            for n in value.shape
+        )
+        found.append(Output(value.dtype, shape, dynamic))
+    return tuple(found)
 
 
 def _is_dynamically_quantized(weight: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ sampler (export/head.py). Reference: `DiffusionGemmaForBlockDiffusion` of transf
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from export.lookup import lookup_table
+from export.models.blocks import (
+    MASKED,
+    GatedMLP,
+    RMSNorm,
+    Rotary,
+    field,
+    gelu_tanh,
+    positive,
+    refuse_variant,
+)
 from export.models.experts import (
     DenseExperts,
     Expert,
@@ -28,7 +37,6 @@ MODEL_TYPE = "diffusion_gemma"
 EMBEDDING_NAME = "model.decoder.embed_tokens.weight"
 VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 ENCODER_PREFIX = "model.encoder.language_model."
-MASKED = -1e9  # added to a score before softmax; exp underflows to an exact zero in fp32
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,13 @@ class DiffusionGemmaConfig:
                 f"config.json has model_type {config.get('model_type')!r}, "
                 f"expected {MODEL_TYPE!r}; give a DiffusionGemma checkpoint"
             )
-        text = _field(config, "text_config", dict)
+        text = field(config, "text_config", dict)
         prefix = "text_config."
-        _refuse_variant(config, "tie_word_embeddings", {True}, default=True)
-        _refuse_variant(text, prefix + "use_bidirectional_attention", {None, "vision"})
-        _refuse_variant(text, prefix + "hidden_activation", {"gelu_pytorch_tanh"})
-        kinds = _field(text, prefix + "layer_types", list)
-        num_layers = _field(text, prefix + "num_hidden_layers", int)
+        refuse_variant(config, "tie_word_embeddings", {True}, default=True)
+        refuse_variant(text, prefix + "use_bidirectional_attention", {None, "vision"})
+        refuse_variant(text, prefix + "hidden_activation", {"gelu_pytorch_tanh"})
+        kinds = field(text, prefix + "layer_types", list)
+        num_layers = field(text, prefix + "num_hidden_layers", int)
         known = {"sliding_attention", "full_attention"}
         if len(kinds) != num_layers or set(kinds) - known or kinds[-1] != "full_attention":
             raise CheckpointError(
@@ -97,7 +105,7 @@ class DiffusionGemmaConfig:
                 "of 'sliding_attention' or 'full_attention' for each layer, the last one full"
             )
         sizes = {
-            field: _positive(text, prefix + key)
+            field: positive(text, prefix + key)
             for field, key in {
                 "vocabulary_size": "vocab_size",
                 "hidden_size": "hidden_size",
@@ -122,54 +130,28 @@ class DiffusionGemmaConfig:
             raise CheckpointError(
                 f"config.json has top_k_experts {sizes['top_k']} of {sizes['num_experts']} experts"
             )
-        ropes = _field(text, prefix + "rope_parameters", dict)
+        ropes = field(text, prefix + "rope_parameters", dict)
         return cls(
             **sizes,
-            soft_cap=float(_field(text, prefix + "final_logit_softcapping", (int, float))),
-            norm_eps=float(_field(text, prefix + "rms_norm_eps", (int, float))),
-            canvas_length=_positive(config, "canvas_length"),
+            soft_cap=float(field(text, prefix + "final_logit_softcapping", (int, float))),
+            norm_eps=float(field(text, prefix + "rms_norm_eps", (int, float))),
+            canvas_length=positive(config, "canvas_length"),
             attention_bias=bool(text.get("attention_bias", False)),
             layers=layers,
             rotary={kind: _rotary_config(ropes, kind) for kind in sorted(set(kinds))},
         )
 
 
-def _field(section: dict[str, Any], path: str, kind: type | tuple[type, ...]) -> Any:
-    value = section.get(path.rsplit(".", 1)[-1])
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise CheckpointError(
-            f"config.json has {path} = {value!r}; a DiffusionGemma checkpoint must state it"
-        )
-    return value
-
-
-def _positive(section: dict[str, Any], path: str) -> int:
-    value = _field(section, path, int)
-    if value <= 0:
-        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
-    return value
-
-
-def _refuse_variant(
-    section: dict[str, Any], path: str, allowed: set[Any], *, default: Any = None
-) -> None:
-    value = section.get(path.rsplit(".", 1)[-1], default)
-    if value not in allowed:
-        raise CheckpointError(
-            f"config.json has {path} = {value!r}; supported: {sorted(map(repr, allowed))}"
-        )
-
-
 def _layer_config(text: dict[str, Any], index: int, kind: str) -> LayerConfig:
-    head_dim = _positive(text, "text_config.head_dim")
-    num_kv_heads = _positive(text, "text_config.num_key_value_heads")
+    head_dim = positive(text, "text_config.head_dim")
+    num_kv_heads = positive(text, "text_config.num_key_value_heads")
     overrides = text.get("per_layer_config")
     if isinstance(overrides, dict):
         override = overrides.get(str(index), {})
         head_dim = override.get("head_dim", head_dim)
         num_kv_heads = override.get("num_key_value_heads", num_kv_heads)
     elif kind == "full_attention":
-        head_dim = _positive(text, "text_config.global_head_dim")
+        head_dim = positive(text, "text_config.global_head_dim")
         num_kv_heads = text.get("num_global_key_value_heads") or num_kv_heads
     return LayerConfig(kind == "sliding_attention", head_dim, num_kv_heads)
 
@@ -189,7 +171,7 @@ def _rotary_config(ropes: dict[str, Any], kind: str) -> RotaryConfig:
         )
     return RotaryConfig(
         kind=rope["rope_type"],
-        theta=float(_field(rope, f"rope_parameters.{kind}.rope_theta", (int, float))),
+        theta=float(field(rope, f"rope_parameters.{kind}.rope_theta", (int, float))),
         fraction=fraction,
         factor=float(rope.get("factor", 1.0)) if rope["rope_type"] == "proportional" else 1.0,
     )
@@ -205,49 +187,6 @@ def inverse_frequencies(rotary: RotaryConfig, head_dim: int) -> Tensor:
     frequencies = torch.zeros(head_dim // 2)
     frequencies[:turned] = 1.0 / rotary.theta**exponents
     return frequencies / rotary.factor
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU's tanh approximation through a sigmoid, equal to 5e-7 in fp32.
-
-    XNNPACK lowers `gelu(approximate="tanh")` as the erf form, which is 4.7e-4 off; and
-    0.5 * (1 + tanh(z)) = sigmoid(2 z) with z = sqrt(2 / pi) * (x + 0.044715 x^3).
-    """
-    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalization over the last dimension, with or without a weight.
-
-    The mean is a product with a constant row, which every backend delegates; XNNPACK refuses a
-    `mean` over one dimension, and that would cut a layer into a dozen delegates.
-    """
-
-    def __init__(self, size: int, eps: float, *, weighted: bool = True) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, device="meta")) if weighted else None
-        self.register_buffer("mean_row", torch.full((1, size), 1.0 / size), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `[..., size]`."""
-        mean_square = nn.functional.linear(x * x, self.mean_row)
-        normed = x * torch.rsqrt(mean_square + self.eps)
-        return normed if self.weight is None else normed * self.weight
-
-
-class GatedMLP(nn.Module):
-    """The dense gated feed-forward block, which the self-conditioning shares in shape."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device="meta")
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False, device="meta")
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, device="meta")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., H]` to `[..., H]`."""
-        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
 class SelfConditioning(GatedMLP):
@@ -296,7 +235,7 @@ class Attention(nn.Module):
         self.register_buffer("key_cache", torch.zeros(shape))
         self.register_buffer("value_cache", torch.zeros(shape))
 
-    def forward(self, x: Tensor, positions: Tensor, rotary: _Rotary, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary, mask: Tensor) -> Tensor:
         """Attend from rows `x` `[T, H]` at `positions` `[T]` under the additive `mask` `[T, L]`."""
         tokens = x.shape[0]
         query = self.q_norm(self.q_proj(x).view(tokens, self.num_heads, self.head_dim))
@@ -317,22 +256,6 @@ class Attention(nn.Module):
         mixed = torch.bmm(weights, self.value_cache)
         mixed = mixed.view(self.num_heads, tokens, self.head_dim).transpose(0, 1)
         return self.o_proj(mixed.reshape(tokens, -1))
-
-
-class _Rotary:
-    """Rotary embedding at fixed positions, in the half-split convention."""
-
-    def __init__(self, positions: Tensor, frequencies: Tensor) -> None:
-        angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
-        self.cos, self.sin = torch.cos(angles).unsqueeze(1), torch.sin(angles).unsqueeze(1)
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Rotate `[T, heads, head size]`."""
-        half = x.shape[-1] // 2
-        first, second = x[..., :half], x[..., half:]  # slices are delegated, a split is not
-        return torch.cat(
-            [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1
-        )
 
 
 class Router(nn.Module):
@@ -395,7 +318,7 @@ class Layer(nn.Module):
         self.register_buffer("layer_scalar", torch.ones(2))
 
     def forward(
-        self, x: Tensor, positions: Tensor, rotary: _Rotary, mask: Tensor, denoise: Tensor
+        self, x: Tensor, positions: Tensor, rotary: Rotary, mask: Tensor, denoise: Tensor
     ) -> Tensor:
         """Map the residual `[T, H]` to `[T, H]`; `denoise` `[1]` picks the layer scalar."""
         attended = self.self_attn(self.input_layernorm(x), positions, rotary, mask)
@@ -467,7 +390,7 @@ class DiffusionGemmaLayers(nn.Module):
         hidden = hidden.squeeze(0)
         masks = self._masks(start, positions, denoise)
         rotaries = {
-            kind: _Rotary(positions, getattr(self, f"{kind}_frequencies"))
+            kind: Rotary(positions, getattr(self, f"{kind}_frequencies"))
             for kind in self.config.rotary
         }
         for layer in self.layers:
