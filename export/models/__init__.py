@@ -10,6 +10,18 @@ from quantize.errors import CheckpointError
 
 FAMILIES = {
     "diffusion_gemma": "export.models.diffusion_gemma_stages",
+    "gemma4": "export.models.gemma4_stages",
+    "gemma4_text": "export.models.gemma4_stages",
+    "hrm_text": "export.models.hrm_text_stages",
+    # Dense decoders: autoregressive ones, then those of masked diffusion.
+    "llama": "export.models.dense_stages",
+    "qwen2": "export.models.dense_stages",
+    "qwen3": "export.models.dense_stages",
+    "Dream": "export.models.dense_stages",
+    "Fast_dLLM_Qwen": "export.models.dense_stages",
+    "a2d-qwen3": "export.models.dense_stages",
+    "llada": "export.models.dense_stages",
+    "sdar": "export.models.dense_stages",
 }
 """Each module has `stage_model(checkpoint, *, maximum_context, experts) -> StagedModel`."""
 
