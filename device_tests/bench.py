@@ -39,6 +39,8 @@ PROMPT_STREAM = 2
 """Philox stream of random prompts; the sampler's are 0 and 1."""
 
 DEFAULT_PROMPT_TOKENS = 32
+DEFAULT_NEW_TOKENS = 64
+DEFAULT_STEPS = 16
 
 _ENDING: frozenset[Reason] = frozenset(
     {"device_gone", "runner_missing", "bundle_refused", "storage_full"}
@@ -63,7 +65,10 @@ class BenchPlan:
 
     threads: None is the runtime's choice. prompt_text: for the natural pass (of a bundle with a
     tokenizer); every other prompt is `prompt_tokens` random tokens, by default 32 or what fits.
-    force_steps: denoising steps of every canvas, except in the natural pass. max_temperature_c: a
+    canvases: by default one, or as many as hold 64 tokens where canvases are not of uniform
+    diffusion (an autoregressive canvas is one token). force_steps: denoising steps of every canvas,
+    except in the natural pass; by default 16, elsewhere at most one a position. Any number makes
+    an autoregressive model go on behind its end token. max_temperature_c: a
     run begins only under it; after `gate_timeout_s` of waiting it is recorded as failed. hang_s:
     a run is killed after so long without an event. gone_s: how long a lost device is waited for.
     Raises InputError for a value out of range.
@@ -75,8 +80,8 @@ class BenchPlan:
     threads: Sequence[int | None] = (None,)
     prompt_text: str | None = None
     prompt_tokens: int | None = None
-    canvases: int = 1
-    force_steps: int = 16
+    canvases: int | None = None
+    force_steps: int | None = None
     warmup_steps: int = 2
     seed: int = 0
     settings: Mapping[str, float] | None = None
@@ -104,8 +109,10 @@ class BenchPlan:
             raise InputError("prompt_text is empty; give a text, or none")
         if self.prompt_tokens is not None:
             _whole("prompt_tokens", self.prompt_tokens, 1, 2**20)
-        _whole("canvases", self.canvases, 1, 2**20)
-        _whole("force_steps", self.force_steps, 1, 2**20)
+        if self.canvases is not None:
+            _whole("canvases", self.canvases, 1, 2**20)
+        if self.force_steps is not None:
+            _whole("force_steps", self.force_steps, 1, 2**20)
         _whole("warmup_steps", self.warmup_steps, 0, 2**20)
         _whole("seed", self.seed, 0, 2**64 - 1)
         _whole("memory_interval_ms", self.memory_interval_ms, 1, 60_000)
@@ -254,17 +261,25 @@ def bench(
 def workload(plan: BenchPlan, name: Pass, manifest: Manifest) -> dict[str, Any]:
     """The workload of a pass as a record has it. Raises InputError if it does not fit the model."""
     info = manifest.model
-    new_tokens = plan.canvases * info.canvas_length
+    canvases, force_steps = plan.canvases, plan.force_steps
+    is_uniform = manifest.style == "uniform_diffusion"
+    if canvases is None:
+        wanted = 1 if is_uniform else -(-DEFAULT_NEW_TOKENS // info.canvas_length)
+        fitting = (info.maximum_context - 1) // info.canvas_length
+        canvases = max(1, min(wanted, fitting // 2))
+    if force_steps is None:
+        force_steps = DEFAULT_STEPS if is_uniform else min(DEFAULT_STEPS, info.canvas_length)
+    new_tokens = canvases * info.canvas_length
     room = info.maximum_context - new_tokens
     if room < 1:
         raise InputError(
-            f"{plan.canvases} canvases of {info.canvas_length} tokens leave no room for a prompt "
+            f"{canvases} canvases of {info.canvas_length} tokens leave no room for a prompt "
             f"in a context of {info.maximum_context}; give fewer canvases"
         )
     count = min(DEFAULT_PROMPT_TOKENS, room) if plan.prompt_tokens is None else plan.prompt_tokens
     if count > room:
         raise InputError(
-            f"a prompt of {count} tokens and {plan.canvases} canvases of {info.canvas_length} do "
+            f"a prompt of {count} tokens and {canvases} canvases of {info.canvas_length} do "
             f"not fit in a context of {info.maximum_context}; at most {room} prompt tokens do"
         )
     natural = name == "natural"
@@ -274,7 +289,7 @@ def workload(plan: BenchPlan, name: Pass, manifest: Manifest) -> dict[str, Any]:
         "prompt_text": text,
         "max_new_tokens": new_tokens,
         "seed": plan.seed,
-        "force_steps": None if natural else plan.force_steps,
+        "force_steps": None if natural else force_steps,
         "settings": None if plan.settings is None else dict(plan.settings),
         # A first run that is warmed up would hide what loading from storage costs.
         "warmup_steps": 0 if name == "cold" else plan.warmup_steps,

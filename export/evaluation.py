@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from export.generation import Session
 from export.tokenizer import TextTokenizer
 from export.uniform_diffusion import UniformDiffusionSession, score
 from quantize.errors import InputError
@@ -29,13 +30,14 @@ class Tally:
 
     `loss` is the mean denoising loss in nats a token: minus the log probability, at temperature 1
     and without self-conditioning, of the right canvas from one that was corrupted at a noise level
-    drawn uniformly, averaged over positions and puzzles.
+    drawn uniformly, averaged over positions and puzzles; None for styles other than uniform
+    diffusion, whose noise is another.
     """
 
     kind: str
     correct: int
     count: int
-    loss: float
+    loss: float | None
     mean_steps: float
 
     @property
@@ -60,7 +62,7 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 
 
 def evaluate(
-    session: UniformDiffusionSession,
+    session: Session,
     tokenizer: TextTokenizer,
     puzzles: Sequence[Puzzle],
     *,
@@ -73,7 +75,7 @@ def evaluate(
     model. The session's conversation is discarded. Raises InputError for an answer that is longer
     than a canvas, and what `generate` raises.
     """
-    by_kind: dict[str, list[tuple[bool, float, int]]] = {}
+    by_kind: dict[str, list[tuple[bool, float | None, int]]] = {}
     for number, puzzle in enumerate(puzzles):
         if progress is not None:
             progress(number, len(puzzles), puzzle.kind)
@@ -82,25 +84,31 @@ def evaluate(
         session.truncate(0)
         result = session.generate(prompt, len(target), seed + number)
         is_right = is_exact(puzzle, tokenizer.decode(result.answer_tokens))
-        noisy = corrupt(target, session.model.info.vocabulary_size, seed + number)
-        loss = -float(np.mean(score(session.model, prompt, noisy, target), dtype=np.float64))
+        loss = None
+        if isinstance(session, UniformDiffusionSession):
+            noisy = corrupt(target, session.info.vocabulary_size, seed + number)
+            loss = -float(np.mean(score(session.model, prompt, noisy, target), dtype=np.float64))
         by_kind.setdefault(puzzle.kind, []).append((is_right, loss, len(result.steps)))
     tallies = [_tally(kind, rows) for kind, rows in sorted(by_kind.items())]
     every = [row for rows in by_kind.values() for row in rows]
     return [*tallies, _tally("all", every)] if every else []
 
 
-def _tally(kind: str, rows: Sequence[tuple[bool, float, int]]) -> Tally:
+def _tally(kind: str, rows: Sequence[tuple[bool, float | None, int]]) -> Tally:
     right, losses, steps = zip(*rows, strict=True)
-    return Tally(kind, sum(right), len(rows), float(np.mean(losses)), float(np.mean(steps)))
+    loss = None if None in losses else float(np.mean(losses))
+    return Tally(kind, sum(right), len(rows), loss, float(np.mean(steps)))
 
 
-def target_canvas(
-    session: UniformDiffusionSession, tokenizer: TextTokenizer, puzzle: Puzzle
-) -> np.ndarray:
-    """The canvas that answers a puzzle, `[T]` int64: answer, the turn's end token, padding."""
-    special, size = session.special_tokens, session.model.info.canvas_length
+def target_canvas(session: Session, tokenizer: TextTokenizer, puzzle: Puzzle) -> np.ndarray:
+    """What answers a puzzle, int64: answer, the turn's end token, padding to whole canvases.
+
+    Uniform diffusion has one canvas for it, the others as many as it takes.
+    """
+    special, size = session.special_tokens, session.info.canvas_length
     answer = tokenizer.encode(puzzle.answer)
+    if not isinstance(session, UniformDiffusionSession):
+        size *= -(-(len(answer) + 1) // size)
     if not special.eos or special.pad is None or len(answer) + 1 > size:
         raise InputError(
             f"the answer {puzzle.answer!r} has {len(answer)} tokens; scoring needs an end token, "

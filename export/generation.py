@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -202,6 +202,16 @@ class Session:
     def canvases(self) -> int:
         """Canvases committed since the session began: the random numbers' next canvas index."""
         return self._canvases
+
+    def settings_with(self, changes: Mapping[str, float]) -> Any:
+        """The session's settings with some replaced; InputError for an unknown one or its value."""
+        try:
+            return replace(self.settings, **changes)
+        except TypeError as error:
+            raise InputError(
+                f"the settings {', '.join(changes)} are not all known to the sampler; it has "
+                f"{', '.join(vars(self.settings))}"
+            ) from error
 
     def truncate(self, length: int) -> None:
         """Forget the tokens behind the first `length`, for instance padding before a next turn.

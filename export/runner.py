@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -269,15 +268,7 @@ class _Run:
         self.events("warmed_up", ms=self.result["warmup_ms"], steps=request.warmup_steps)
 
     def generate(self, request: RunRequest, prompt: Sequence[int]) -> None:
-        settings = self.session.settings
-        try:
-            settings = replace(settings, **(request.settings or {}))
-        except TypeError as error:
-            names = ", ".join(vars(settings))
-            raise InputError(
-                f"the settings {', '.join(request.settings or {})} are not all known to the "
-                f"sampler; it has {names}"
-            ) from error
+        settings = self.session.settings_with(request.settings or {})
         result = self.session.generate(
             prompt,
             request.max_new_tokens,

@@ -148,10 +148,14 @@ def bench(
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Length of the random prompt (default: 32, or what fits).")
     ] = None,
-    canvases: Annotated[int, typer.Option(help="Canvases to generate in a run.")] = 1,
+    canvases: Annotated[
+        int | None,
+        typer.Option(help="Canvases to generate in a run (default: 1; other styles: 64 tokens)."),
+    ] = None,
     steps: Annotated[
-        int, typer.Option(help="Denoising steps of a canvas in all passes but natural.")
-    ] = 16,
+        int | None,
+        typer.Option(help="Denoising steps of a canvas in all passes but natural (default: 16)."),
+    ] = None,
     threads: Annotated[
         list[int] | None,
         typer.Option(help="CPU threads; repeat it to measure several (default: the runtime's)."),

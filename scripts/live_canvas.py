@@ -57,6 +57,8 @@ class LiveCanvas:
             self._draw(Text(f"canvas {event.canvas + 1}, all noise", style="cyan"), noise)
         elif isinstance(event, CanvasDenoised):
             self._draw(_status(event), self._styled(event.tokens, event.accepted))
+            if len(event.tokens) == 1:
+                return  # a token at a time needs no help to be seen
             time.sleep(max(0.0, SHOWN_STEP_S - (event.layers_ms + event.head_ms) / 1000))
         elif isinstance(event, CanvasCommitted):
             self._committed.append("".join(self._pieces(event.tokens)))
@@ -81,7 +83,7 @@ class LiveCanvas:
 
 
 class PlainSteps:
-    """The same for a place that is no terminal: one line a step."""
+    """The same for a place that is no terminal: one line a step, none for canvases of one token."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -94,6 +96,8 @@ class PlainSteps:
 
     def on_event(self, event: Event) -> None:
         """Print a line about a finished step or canvas."""
+        if isinstance(event, CanvasDenoised | CanvasCommitted) and len(event.tokens) == 1:
+            return
         if isinstance(event, CanvasDenoised):
             self._console.print(_status(event), soft_wrap=True)
         elif isinstance(event, CanvasCommitted):

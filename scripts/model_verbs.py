@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ from scripts.console import (
 )
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle
+    from export.bundle import Bundle, Manifest
     from export.generation import GenerationResult
     from quantize.recipe import Recipe
 
@@ -170,6 +170,21 @@ def _open_bundle(folder: Path) -> Bundle:
         return open_bundle(folder, progress=progress)
 
 
+def _style(manifest: Manifest) -> str:
+    """How it generates, in a line."""
+    decoding = manifest.decoding
+    parts = [manifest.style]
+    if manifest.style != "autoregressive":
+        parts.append(f"canvas of {manifest.model.canvas_length} tokens")
+    if decoding is not None and manifest.style == "masked_diffusion":
+        parts.append(
+            f"blocks of {decoding.block_length}" if decoding.block_length else "sees everything"
+        )
+    if decoding is not None and decoding.bidirectional_prompt:
+        parts.append("prompt bidirectional")
+    return ", ".join(parts)
+
+
 def _print_bundle(bundle: Bundle) -> None:
     from rich.table import Table
 
@@ -186,7 +201,7 @@ def _print_bundle(bundle: Bundle) -> None:
     console = out_console()
     rows = [
         ("model", f"{model.name} ({model.family})"),
-        ("style", f"{manifest.style}, canvas of {model.canvas_length} tokens"),
+        ("style", _style(manifest)),
         ("context", f"{model.maximum_context} tokens, canvas included"),
         ("vocabulary", f"{model.vocabulary_size:,} tokens, hidden size {model.hidden_size:,}"),
         (
@@ -242,18 +257,13 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Most denoising steps a canvas (default: bundle's).")
-    ] = None,
-    t_min: Annotated[
-        float | None, typer.Option(help="Temperature of the last step (default: bundle's).")
-    ] = None,
-    t_max: Annotated[
-        float | None, typer.Option(help="Temperature of the first step (default: bundle's).")
-    ] = None,
-    entropy_bound: Annotated[
-        float | None,
-        typer.Option(help="Entropy (nats) accepted a step, more is faster (default: bundle's)."),
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting of the bundle's sampler, as `inspect` lists them; may be repeated.",
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads (default: the fast cores).")
@@ -264,6 +274,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a bundle, and show how the canvas is denoised."""
+    wanted = dict(map(_setting, changes or ()))
     bundle = _open_bundle(folder)
     from export.tokenizer import open_tokenizer
 
@@ -273,8 +284,7 @@ def generate(
         from export.runtime import open_session
 
         session = open_session(bundle, threads)
-    changes = {"max_steps": steps, "t_min": t_min, "t_max": t_max, "entropy_bound": entropy_bound}
-    settings = replace(session.settings, **{k: v for k, v in changes.items() if v is not None})
+    settings = session.settings_with(wanted)
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, session.room(len(tokens))) or 1
 
@@ -305,6 +315,16 @@ def generate(
     console.print(_generation_table(result))
 
 
+def _setting(text: str) -> tuple[str, float]:
+    """Name and value of `NAME=VALUE`."""
+    name, separator, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        what = f"the value {value!r}" if separator else "no value"
+        raise InputError(f"--set {text} has {what}; give NAME=NUMBER") from None
+
+
 def _generation_document(
     bundle: Bundle, text: str, seed: int, settings: Any, result: GenerationResult
 ) -> dict[str, Any]:
@@ -333,7 +353,8 @@ def _generation_document(
 
 
 def _generation_table(result: GenerationResult) -> Any:
-    counts = ", ".join(str(len(canvas.steps)) for canvas in result.canvases)
+    counts = ", ".join(str(len(canvas.steps)) for canvas in result.canvases[:8])
+    counts += ", …" * (len(result.canvases) > 8)
     ends = {
         "eos": "the model ended its text",
         "length": "all canvases asked for are full",
@@ -400,7 +421,7 @@ def evaluate(
                 row["kind"],
                 f"{100 * row['exact_match']:.1f} %",
                 f"{100 * low:.1f}-{100 * high:.1f} %",
-                f"{row['loss']:.6f}",
+                "-" if row["loss"] is None else f"{row['loss']:.6f}",
                 f"{row['mean_steps']:.2f}",
                 end_section=row is entry["results"][-1],
             )

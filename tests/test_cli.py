@@ -140,7 +140,8 @@ def test_generate_gives_programs_one_compact_document_with_the_tokens_of_the_run
 def test_generate_passes_every_sampler_option_on(
     toy_bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--steps", 3, "--t-min", 0.5, "--t-max", 0.9, "--entropy-bound", 0.25)
+    given = ("max_steps=3", "t_min=0.5", "t_max=0.9", "entropy_bound=0.25")
+    options = [word for setting in given for word in ("--set", setting)]
     assert (
         run(command("generate", "-b", toy_bundle, "-p", "hello", *options, "--no-live", "--json"))
         == 0
@@ -260,7 +261,7 @@ def flip_a_bit(bundle: Path) -> None:
 
 
 def make_newer(bundle: Path) -> None:
-    edit_manifest(bundle, lambda document: document.update(schema_version=2))
+    edit_manifest(bundle, lambda document: document.update(schema_version=3))
 
 
 def seal_again(bundle: Path, name: str, content: bytes) -> None:
@@ -292,15 +293,22 @@ def nothing(bundle: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], None], tuple[object, ...], str]] = {
     "a truncated program": (truncate_program, (), "layers.pte has 1000 bytes, expected"),
     "a damaged program": (flip_a_bit, (), "head.pte is damaged"),
-    "a newer bundle": (make_newer, (), "schema version 2"),
+    "a newer bundle": (make_newer, (), "schema version 3"),
     "a program that is none": (replace_a_program_by_text, (), "cannot be loaded by ExecuTorch"),
     "the tokenizer of another model": (exchange_the_tokenizer, (), "'more' the id 29"),
     "no tokenizer": (remove_the_tokenizer, (), "without a tokenizer"),
     "a prompt over the context": (nothing, ("-p", "a" * 40), "exceeds the context of 40"),
     "more new tokens than fit": (nothing, ("--max-new-tokens", 31), "only 30 fit"),
     "a character without a token": (nothing, ("-p", "héllo"), "'é'"),
-    "temperatures the wrong way round": (nothing, ("--t-min", 0.9), "t_max is 0.8"),
-    "a negative entropy bound": (nothing, ("--entropy-bound", -1), "entropy_bound is -1.0"),
+    "temperatures the wrong way round": (nothing, ("--set", "t_min=0.9"), "t_max is 0.8"),
+    "a negative entropy bound": (nothing, ("--set", "entropy_bound=-1"), "entropy_bound is -1.0"),
+    "an unknown setting": (
+        nothing,
+        ("--set", "colour=1"),
+        "known to the sampler; it has max_steps",
+    ),
+    "a setting without a value": (nothing, ("--set", "t_min"), "no value; give NAME=NUMBER"),
+    "a setting that is no number": (nothing, ("--set", "t_min=x"), "'x'; give NAME=NUMBER"),
     "a negative seed": (nothing, ("--seed", -1), "seed is -1"),
 }
 
@@ -349,7 +357,7 @@ def test_a_path_that_is_not_there_is_named(
     [
         ("frobnicate",),
         ("generate",),
-        ("generate", "-b", "x", "-p", "y", "--steps", "0"),
+        ("generate", "-b", "x", "-p", "y", "--threads", "0"),
         ("generate", "-b", "x", "-p", "y", "--threads", "many"),
         ("export", "a", "b", "--experts", "all"),
         ("quantize", "a", "b", "--algorithm", "guess"),
