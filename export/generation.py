@@ -287,14 +287,17 @@ class Session:
                 f"{info.canvas_length} it exceeds the context of {info.maximum_context}; shorten "
                 "it, or export with a larger --maximum-context"
             )
-        canvas_count = -(-max_new_tokens // info.canvas_length)
-        if canvas_count * info.canvas_length > room:
+        if max_new_tokens > room:
             raise InputError(
                 f"{max_new_tokens} new tokens were asked for, and only {room} fit in the context "
                 f"of {info.maximum_context} after {len(self._tokens) + len(prompt)} tokens; "
                 "ask for fewer, or export with a larger --maximum-context"
             )
-        return canvas_count
+        return self._canvas_count(len(self._tokens) + len(prompt), max_new_tokens)
+
+    def _canvas_count(self, known: int, max_new_tokens: int) -> int:
+        """Canvases for so many new tokens behind `known` ones."""
+        return -(-max_new_tokens // self.model.info.canvas_length)
 
 
 class Cancelled(Exception):

@@ -1,7 +1,7 @@
-"""Runs a model's stages for the host's loop: a bundle's programs in ExecuTorch, or eager modules.
+"""Runs a model's stages for the host's loops: a bundle's programs in ExecuTorch, or eager modules.
 
-The loops are sessions of `export.generation`; which session serves which style is the table
-`SESSIONS`.
+The loops are sessions of `export.generation`; what each style takes from its stages, and which
+session serves it, is the table `SESSIONS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.bundle import Bundle, ModelInfo, Sampler, SpecialTokens, Stage, TensorSpec
+from export.autoregressive import (
+    AutoregressiveHeadOutput,
+    AutoregressiveSession,
+    AutoregressiveSettings,
+)
+from export.bundle import (
+    Bundle,
+    Call,
+    Decoding,
+    ModelInfo,
+    Sampler,
+    SpecialTokens,
+    Stage,
+    TensorSpec,
+)
+from export.generation import Session
+from export.masked_diffusion import (
+    MaskedDiffusionSession,
+    MaskedDiffusionSettings,
+    MaskedHeadOutput,
+)
 from export.process import captured_stderr
 from export.staging import StagedModel
 from export.uniform_diffusion import (
@@ -57,6 +77,12 @@ HEAD_OUTPUTS = (
     "target_log_prob",
     "signal",
 )
+# The same of masked diffusion and of autoregressive models, whose layers see blocks.
+BLOCK_LAYERS_INPUTS = ("tokens", "start", "block_length")
+MASKED_HEAD_INPUTS = ("hidden", "rows", "settings", "quota", "uniform")
+MASKED_HEAD_OUTPUTS = ("token", "accepted", "score", "entropy")
+AUTOREGRESSIVE_HEAD_INPUTS = ("hidden", "row", "settings", "uniform")
+AUTOREGRESSIVE_HEAD_OUTPUTS = ("token", "log_prob", "entropy")
 
 
 @dataclass(frozen=True)
@@ -73,13 +99,96 @@ class _LoadedStage:
         return dict(zip(self.outputs, values, strict=True))
 
 
-class _TensorModel:
-    """Between the loop's arrays `[T]` and the stages' tensors `[1, T]`, which pass by name."""
+class LoadedStages:
+    """The stages of one model, ready to run: a pass of its layers as scheduled, and its head.
 
-    def __init__(self, info: ModelInfo, layers: Sequence[_LoadedStage], head: _LoadedStage) -> None:
+    All values between stages stay tensors. A KV cache belongs to the stages, so to this object.
+    threads: of ExecuTorch; None for eager modules.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        layers: Sequence[_LoadedStage],
+        head: _LoadedStage,
+        *,
+        decoding: Decoding | None = None,
+        schedule: Sequence[Call] = (),
+        threads: int | None = None,
+    ) -> None:
         self.info = info
-        self._layers = tuple(layers)
+        self.decoding = decoding
+        self.threads = threads
         self._head = head
+        by_name = {stage.name: stage for stage in layers}
+        self._calls = tuple(
+            _planned(by_name[call.stage], call)
+            for call in schedule or (Call(stage.name) for stage in layers)
+        )
+
+    def layers(self, named: Mapping[str, Tensor]) -> Tensor:
+        """One pass on the loop's tensors by name; returns hidden states `[1, N, H]`."""
+        values = dict(named)
+        for run in self._calls:
+            values |= run(values)
+        return values["hidden"]
+
+    def head(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The head on its inputs by name; returns its outputs by name."""
+        return self._head(named)
+
+
+def _planned(
+    stage: _LoadedStage, call: Call
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """The stage with the names and the constants of one call of the schedule."""
+    constants = {name: torch.tensor([value]) for name, value in call.constants.items()}
+    inputs = [(name, call.inputs.get(name, name)) for name in stage.inputs]
+    outputs = [call.outputs.get(name, name) for name in stage.outputs]
+
+    def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = [
+            constants[name] if name in constants else values[source] for name, source in inputs
+        ]
+        return dict(zip(outputs, stage.run(given), strict=True))
+
+    return run
+
+
+class _TensorModel:
+    """Between a loop's arrays and the stages' tensors, which pass by name; one class per style."""
+
+    layers_inputs: tuple[str, ...]
+    head_inputs: tuple[str, ...]
+
+    def __init__(self, stages: LoadedStages) -> None:
+        self.stages = stages
+        self.info = stages.info
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How the loop uses the layers; None for uniform diffusion."""
+        return self.stages.decoding
+
+    @property
+    def threads(self) -> int | None:
+        """ExecuTorch's threads; None for eager modules."""
+        return self.stages.threads
+
+    def run_layers(self, *inputs: Tensor) -> Tensor:
+        """A pass on the tensors of `layers_inputs`, in order; returns hidden states `[1, N, H]`."""
+        return self.stages.layers(dict(zip(self.layers_inputs, inputs, strict=True)))
+
+    def run_head(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """The head on the tensors of `head_inputs`, in order; returns its outputs by name."""
+        return self.stages.head(dict(zip(self.head_inputs, inputs, strict=True)))
+
+
+class UniformDiffusionTensors(_TensorModel):
+    """A `UniformDiffusionModel`: arrays `[T]` for the loop, tensors `[1, T]` for the stages."""
+
+    layers_inputs = LAYERS_INPUTS
+    head_inputs = HEAD_INPUTS
 
     def zero_signal(self) -> Tensor:
         """Zeros `[1, T, H]` fp32."""
@@ -129,40 +238,107 @@ class _TensorModel:
             signal=named["signal"],
         )
 
-    def run_layers(self, *inputs: Tensor) -> Tensor:
-        """All layer stages on the tensors of LAYERS_INPUTS; returns hidden states `[1, T, H]`."""
-        named = dict(zip(LAYERS_INPUTS, inputs, strict=True))
-        for stage in self._layers:
-            named |= stage(named)
-        return named["hidden"]
 
-    def run_head(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """The head on the tensors of HEAD_INPUTS; returns those of HEAD_OUTPUTS by name."""
-        return self._head(dict(zip(HEAD_INPUTS, inputs, strict=True)))
+class _BlockTensors(_TensorModel):
+    """What masked diffusion and autoregressive models share: layers that see blocks."""
+
+    layers_inputs = BLOCK_LAYERS_INPUTS
+
+    def layers(self, tokens: np.ndarray, start: int, block_length: int) -> Tensor:
+        """N tokens `[N]` at positions start .. start + N; returns hidden states `[1, N, H]`."""
+        return self.run_layers(
+            torch.from_numpy(tokens).unsqueeze(0),
+            torch.tensor([start]),
+            torch.tensor([block_length]),
+        )
 
 
-class EagerModel(_TensorModel):
-    """The reference: modules with the stages' signatures, run by PyTorch."""
+class MaskedDiffusionTensors(_BlockTensors):
+    """A `MaskedDiffusionModel`."""
+
+    head_inputs = MASKED_HEAD_INPUTS
+
+    def head(
+        self, hidden: Tensor, rows: np.ndarray, settings: np.ndarray, quota: int,
+        uniform: np.ndarray,
+    ) -> MaskedHeadOutput:  # fmt: skip
+        """See `MaskedDiffusionModel`."""
+        named = self.run_head(
+            hidden,
+            torch.from_numpy(rows),
+            torch.from_numpy(settings),
+            torch.tensor([quota]),
+            torch.from_numpy(uniform),
+        )
+        return MaskedHeadOutput(
+            token=named["token"].numpy(),
+            accepted=named["accepted"].numpy().astype(bool),
+            score=named["score"].numpy(),
+            entropy=named["entropy"].numpy(),
+        )
+
+
+class AutoregressiveTensors(_BlockTensors):
+    """An `AutoregressiveModel`."""
+
+    head_inputs = AUTOREGRESSIVE_HEAD_INPUTS
+
+    def head(
+        self, hidden: Tensor, row: int, settings: np.ndarray, uniform: np.ndarray
+    ) -> AutoregressiveHeadOutput:
+        """See `AutoregressiveModel`."""
+        named = self.run_head(
+            hidden, torch.tensor([row]), torch.from_numpy(settings), torch.from_numpy(uniform)
+        )
+        return AutoregressiveHeadOutput(
+            token=int(named["token"]),
+            log_prob=float(named["log_prob"]),
+            entropy=float(named["entropy"]),
+        )
+
+
+class EagerModel(UniformDiffusionTensors):
+    """Uniform diffusion's reference: modules with the stages' signatures, run by PyTorch."""
 
     def __init__(
         self, layers_module: torch.nn.Module, head_module: torch.nn.Module, info: ModelInfo
     ) -> None:
         super().__init__(
-            info,
-            [_LoadedStage("layers", LAYERS_INPUTS, LAYERS_OUTPUTS, _eager(layers_module))],
-            _LoadedStage("head", HEAD_INPUTS, HEAD_OUTPUTS, _eager(head_module)),
+            LoadedStages(
+                info,
+                [_LoadedStage("layers", LAYERS_INPUTS, LAYERS_OUTPUTS, _eager(layers_module))],
+                _LoadedStage("head", HEAD_INPUTS, HEAD_OUTPUTS, _eager(head_module)),
+            )
         )
 
     @classmethod
     def from_stages(cls, staged: StagedModel) -> EagerModel:
         """A model as its family builds it for lowering, without lowering it."""
         model = cls.__new__(cls)
-        loaded = [
-            _LoadedStage(stage.name, stage.input_names, stage.output_names, _eager(stage.module))
-            for stage in staged.stages
-        ]
-        _TensorModel.__init__(model, staged.info, loaded[:-1], loaded[-1])
+        _TensorModel.__init__(model, eager_stages(staged))
         return model
+
+
+class BundleModel(UniformDiffusionTensors):
+    """The stages of a bundle of uniform diffusion, loaded into ExecuTorch.
+
+    Memory and weights are taken when it is made; it holds the one KV cache of its programs.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Load every stage with `threads` threads; raises what `load_stages` raises."""
+        super().__init__(load_stages(bundle, threads, SESSIONS["uniform_diffusion"]))
+
+
+def eager_stages(staged: StagedModel) -> LoadedStages:
+    """A model's stages as its family builds them, run by PyTorch without being lowered."""
+    *layers, head = (
+        _LoadedStage(stage.name, stage.input_names, stage.output_names, _eager(stage.module))
+        for stage in staged.stages
+    )
+    return LoadedStages(
+        staged.info, layers, head, decoding=staged.decoding, schedule=staged.schedule
+    )
 
 
 def _eager(module: torch.nn.Module) -> Callable[[list[Tensor]], Sequence[Tensor]]:
@@ -174,35 +350,39 @@ def _eager(module: torch.nn.Module) -> Callable[[list[Tensor]], Sequence[Tensor]
     return run
 
 
-class BundleModel(_TensorModel):
-    """The stages of a bundle, each a loaded ExecuTorch method, layers in order and then the head.
+def load_stages(
+    bundle: Bundle, threads: int | None = None, style: _Style | None = None
+) -> LoadedStages:
+    """Load every stage of a bundle with `threads` threads (None: as many as ExecuTorch chooses).
 
-    Memory and weights are taken when it is made; it holds the one KV cache of its programs.
+    style: what the loop expects of the stages; None: what the manifest says. Raises InputError for
+    a thread count that cannot be, BundleError for a program that cannot be loaded, is not what the
+    manifest says, or does not fit its style's loop.
     """
+    manifest = bundle.manifest
+    style = style or _style_of(manifest.style, bundle.folder)
+    _check_interfaces(bundle, style)
+    runtime = _load_executorch(threads)
+    loaded = [
+        _LoadedStage(
+            stage.name,
+            tuple(spec.name for spec in stage.inputs),
+            tuple(spec.name for spec in stage.outputs),
+            _load_method(runtime, bundle, stage),
+        )
+        for stage in manifest.stages
+    ]
+    return LoadedStages(
+        manifest.model,
+        loaded[:-1],
+        loaded[-1],
+        decoding=manifest.decoding,
+        schedule=manifest.schedule,
+        threads=runtime._threadpool_get_thread_count(),
+    )
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """Load every stage with `threads` threads (None: as many as ExecuTorch chooses).
 
-        Raises InputError for a thread count that cannot be, BundleError for a program that cannot
-        be loaded or is not what the manifest says.
-        """
-        stages = bundle.manifest.stages
-        _check_interfaces(bundle)
-        runtime = _load_executorch(threads)
-        self.threads: int = runtime._threadpool_get_thread_count()
-        loaded = [
-            _LoadedStage(
-                stage.name,
-                tuple(spec.name for spec in stage.inputs),
-                tuple(spec.name for spec in stage.outputs),
-                _load_method(runtime, bundle, stage),
-            )
-            for stage in stages
-        ]
-        super().__init__(bundle.manifest.model, loaded[:-1], loaded[-1])
-
-
-def _check_interfaces(bundle: Bundle) -> None:
+def _check_interfaces(bundle: Bundle, style: _Style) -> None:
     """Everything a stage takes must be there when it runs, and the head must be the loop's."""
     *layer_stages, head = bundle.manifest.stages
     if not layer_stages or head.role != "head" or any(s.role != "layers" for s in layer_stages):
@@ -210,20 +390,21 @@ def _check_interfaces(bundle: Bundle) -> None:
         raise BundleError(
             f"{bundle.folder} has the stages {roles}; expected layers followed by one head"
         )
-    known = set(LAYERS_INPUTS)
-    for stage in layer_stages:
-        missing = [spec.name for spec in stage.inputs if spec.name not in known]
-        if missing:
+    by_name = {stage.name: stage for stage in layer_stages}
+    # From the loop come values whose shapes the loop knows; between stages, shapes must agree.
+    known: dict[str, TensorSpec | None] = dict.fromkeys(style.model.layers_inputs)
+    for call in bundle.manifest.schedule or [Call(stage.name) for stage in layer_stages]:
+        if call.stage not in by_name:
             raise BundleError(
-                f"the stage {stage.name} of {bundle.folder} takes {', '.join(missing)}, which "
-                "nothing before it gives; export the bundle again"
+                f"{bundle.folder} schedules the stage {call.stage}, which is its head; export the "
+                "bundle again"
             )
-        known |= {spec.name for spec in stage.outputs}
+        known |= _check_call(bundle, by_name[call.stage], call, known)
     head_inputs = {spec.name for spec in head.inputs}
     head_outputs = {spec.name for spec in head.outputs}
     if (
-        head_inputs != set(HEAD_INPUTS)
-        or head_outputs != set(HEAD_OUTPUTS)
+        head_inputs != set(style.model.head_inputs)
+        or head_outputs != set(style.head_outputs)
         or "hidden" not in known
     ):
         raise BundleError(
@@ -231,6 +412,101 @@ def _check_interfaces(bundle: Bundle) -> None:
             f"gives {', '.join(sorted(head_outputs))}, which this program does not understand; "
             "export the bundle again"
         )
+    hidden = next(spec for spec in head.inputs if spec.name == "hidden")
+    _check_value(bundle, head, hidden, known["hidden"])
+    _check_lengths(bundle)
+
+
+def _check_call(
+    bundle: Bundle, stage: Stage, call: Call, known: Mapping[str, TensorSpec | None]
+) -> dict[str, TensorSpec | None]:
+    """Check one call of a pass against the values so far; returns the values it adds."""
+    inputs = {spec.name: spec for spec in stage.inputs}
+    outputs = {spec.name: spec for spec in stage.outputs}
+    strange = [*(set(call.inputs) | set(call.constants)) - set(inputs),
+               *set(call.outputs) - set(outputs)]  # fmt: skip
+    if strange:
+        raise BundleError(
+            f"the schedule of {bundle.folder} gives the stage {stage.name} a tensor "
+            f"{sorted(strange)[0]!r}, which it does not have; export the bundle again"
+        )
+    missing = [
+        call.inputs.get(name, name)
+        for name in inputs
+        if name not in call.constants and call.inputs.get(name, name) not in known
+    ]
+    if missing:
+        raise BundleError(
+            f"the stage {stage.name} of {bundle.folder} takes {', '.join(missing)}, which "
+            "nothing before it gives; export the bundle again"
+        )
+    for name, spec in inputs.items():
+        given = known.get(call.inputs.get(name, name))
+        if name in call.constants:
+            given = TensorSpec(name, "int64", (1,))
+        _check_value(bundle, stage, spec, given)
+    return {call.outputs.get(name, name): spec for name, spec in outputs.items()}
+
+
+def _check_value(bundle: Bundle, stage: Stage, spec: TensorSpec, given: TensorSpec | None) -> None:
+    """`given` is None for what the loop makes."""
+    if given is not None and (spec.dtype, spec.shape) != (given.dtype, given.shape):
+        raise BundleError(
+            f"the stage {stage.name} of {bundle.folder} takes {spec.name} as {spec.dtype} "
+            f"{list(spec.shape)} and is given {given.dtype} {list(given.shape)}; export the bundle "
+            "again"
+        )
+
+
+def _check_lengths(bundle: Bundle) -> None:
+    """The loop's longest calls must fit in the programs."""
+    manifest = bundle.manifest
+    if manifest.decoding is None:
+        return
+    longest = {
+        "tokens": manifest.decoding.prefill_length,
+        "rows": manifest.model.canvas_length,
+        "uniform": manifest.model.canvas_length,
+    }
+    for stage in manifest.stages:
+        for spec in stage.inputs:
+            if spec.name in longest and spec.shape[-1:] < (longest[spec.name],):
+                raise BundleError(
+                    f"the stage {stage.name} of {bundle.folder} takes {spec.name} "
+                    f"{list(spec.shape)}, and the loop gives up to {longest[spec.name]}; export "
+                    "the bundle again"
+                )
+
+
+def _check_decoding(what: object, style: str, info: ModelInfo, decoding: Decoding | None) -> None:
+    """The lengths that a loop works with must go together."""
+    wrong = None
+    if style == "uniform_diffusion":
+        return
+    if decoding is None:
+        wrong = "does not say how (decoding)"
+    elif style == "autoregressive":
+        if info.canvas_length != 1:
+            wrong = f"has a canvas of {info.canvas_length} tokens, expected 1"
+        elif decoding.shift != 1:
+            wrong = f"has a token shift of {decoding.shift}, expected 1"
+    elif decoding.mask_token is None:
+        wrong = "names no mask token"
+    elif decoding.block_length % info.canvas_length:
+        wrong = (
+            f"has a canvas of {info.canvas_length} tokens, which does not divide its block of "
+            f"{decoding.block_length}"
+        )
+    else:
+        span = decoding.block_length + decoding.shift
+        needed = span if decoding.block_length else info.maximum_context
+        if decoding.prefill_length < min(needed, info.maximum_context):
+            wrong = (
+                f"takes {decoding.prefill_length} tokens in one call of its layers, and a "
+                f"denoising step needs {needed}"
+            )
+    if wrong:
+        raise BundleError(f"{what} generates by {style} and {wrong}; export the bundle again")
 
 
 @contextmanager
@@ -308,50 +584,84 @@ def _check_tensors(path: Path, side: str, said: Sequence[TensorSpec], found: Seq
         )
 
 
-def _uniform_diffusion_session(
-    model: _TensorModel, sampler: Sampler, special_tokens: SpecialTokens
-) -> UniformDiffusionSession:
-    if sampler.name != "entropy_bound":
-        raise BundleError(
-            f"{model.info.name} has the sampler {sampler.name!r}, this program knows "
-            "'entropy_bound'; update the program"
-        )
-    try:
-        settings = UniformDiffusionSettings(**sampler.settings)
-    except (TypeError, InputError) as error:
-        raise BundleError(
-            f"{model.info.name} has sampler settings that cannot be used ({error}); correct them "
-            "in the checkpoint's generation_config.json and export it again"
-        ) from error
-    return UniformDiffusionSession(model, special_tokens, settings)
+@dataclass(frozen=True)
+class _Style:
+    """A generation style: its sampler, its settings, its session, and what its stages exchange."""
+
+    sampler: str
+    settings: Callable[..., Any]
+    session: Callable[[Any, SpecialTokens, Any], Session]
+    model: type[_TensorModel]
+    head_outputs: tuple[str, ...]
+
+    def begin(self, stages: LoadedStages, sampler: Sampler, special: SpecialTokens) -> Session:
+        """A session with the sampler's own settings; BundleError for those that cannot be."""
+        name = stages.info.name
+        if sampler.name != self.sampler:
+            raise BundleError(
+                f"{name} has the sampler {sampler.name!r}, this program knows {self.sampler!r}; "
+                "update the program"
+            )
+        try:
+            settings = self.settings(**sampler.settings)
+        except (TypeError, InputError) as error:
+            raise BundleError(
+                f"{name} has sampler settings that cannot be used ({error}); correct them in the "
+                "checkpoint's generation_config.json and export it again"
+            ) from error
+        return self.session(self.model(stages), special, settings)
 
 
-SESSIONS: dict[str, Callable[[_TensorModel, Sampler, SpecialTokens], UniformDiffusionSession]] = {
-    "uniform_diffusion": _uniform_diffusion_session,
+SESSIONS: dict[str, _Style] = {
+    "uniform_diffusion": _Style(
+        "entropy_bound",
+        UniformDiffusionSettings,
+        UniformDiffusionSession,
+        UniformDiffusionTensors,
+        HEAD_OUTPUTS,
+    ),
+    "masked_diffusion": _Style(
+        "masked",
+        MaskedDiffusionSettings,
+        MaskedDiffusionSession,
+        MaskedDiffusionTensors,
+        MASKED_HEAD_OUTPUTS,
+    ),
+    "autoregressive": _Style(
+        "autoregressive",
+        AutoregressiveSettings,
+        AutoregressiveSession,
+        AutoregressiveTensors,
+        AUTOREGRESSIVE_HEAD_OUTPUTS,
+    ),
 }
 """Who runs which generation style."""
 
 
-def open_session(bundle: Bundle, threads: int | None = None) -> UniformDiffusionSession:
+def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     """Load a bundle and begin a session with its own sampler defaults.
 
-    Raises BundleError for a style that this program does not run yet, and what BundleModel raises.
+    Raises BundleError for a style that this program does not run yet, and what `load_stages`
+    raises.
     """
     manifest = bundle.manifest
-    begin = _session_of(manifest.style, bundle.folder)
-    return begin(BundleModel(bundle, threads), manifest.sampler, manifest.special_tokens)
+    style = _style_of(manifest.style, bundle.folder)
+    _check_decoding(bundle.folder, manifest.style, manifest.model, manifest.decoding)
+    stages = load_stages(bundle, threads, style)
+    return style.begin(stages, manifest.sampler, manifest.special_tokens)
 
 
-def open_eager_session(staged: StagedModel) -> UniformDiffusionSession:
+def open_eager_session(staged: StagedModel) -> Session:
     """Begin a session with a model that is run by PyTorch, with its own sampler defaults.
 
     Raises BundleError for a style that this program does not run yet.
     """
-    begin = _session_of(staged.style, staged.info.name)
-    return begin(EagerModel.from_stages(staged), staged.sampler, staged.special_tokens)
+    style = _style_of(staged.style, staged.info.name)
+    _check_decoding(staged.info.name, staged.style, staged.info, staged.decoding)
+    return style.begin(eager_stages(staged), staged.sampler, staged.special_tokens)
 
 
-def _session_of(style: str, what: object) -> Callable[..., UniformDiffusionSession]:
+def _style_of(style: str, what: object) -> _Style:
     if style not in SESSIONS:
         raise BundleError(
             f"{what} generates by {style}, this program runs {', '.join(SESSIONS)}; "
