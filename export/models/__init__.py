@@ -19,6 +19,8 @@ FAMILIES = {
     "qwen3": "export.models.dense_stages",
     "Dream": "export.models.dense_stages",
     "Fast_dLLM_Qwen": "export.models.dense_stages",
+    "a2d-llama": "export.models.dense_stages",
+    "a2d-qwen2": "export.models.dense_stages",
     "a2d-qwen3": "export.models.dense_stages",
     "llada": "export.models.dense_stages",
     "sdar": "export.models.dense_stages",

@@ -136,7 +136,7 @@ def _hugging_face_config(config: dict[str, Any], kind: str) -> DenseConfig:
     refuse_variant(config, "mlp_bias", {False, None})
     hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     head_dim = config.get("head_dim")
-    if head_dim is None:
+    if head_dim is None and kind not in QWEN3_TYPES:  # Qwen3's own default is another
         if hidden % heads:
             raise CheckpointError(
                 f"config.json has hidden_size {hidden} over {heads} heads and no head_dim; "

@@ -1,0 +1,445 @@
+"""Puts the dense decoders together: autoregressive ones, and the public masked-diffusion formats.
+
+What differs between the formats is the table `MASKED_FAMILIES`; docs/families.md says against which
+public source each was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from export.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
+from export.models.dense_decoder import LAYERS_INPUTS, LAYERS_OUTPUTS, DenseConfig, build_layers
+from export.staging import StagedModel, StageModule
+from quantize.checkpoint import Checkpoint
+from quantize.errors import CheckpointError, InputError
+from quantize.json_files import read_json_object
+
+DEFAULT_CONTEXT = 2048
+"""Default maximum context of causal and block-causal models."""
+
+DEFAULT_CONTEXT_SEEING_ALL = 1024
+"""The same for models that see everything: a step's arithmetic and memory grow with its square."""
+
+PREFILL_LENGTH = 256
+"""Most tokens in a call of causal and block-causal models, if a block is not longer."""
+
+EXACT_CACHE = "the KV cache of committed blocks is exact: they see nothing behind them"
+APPROXIMATE_CACHE = (
+    "every position sees every other: with prefix_cache 1 keys and values before the canvas are "
+    "those of the canvas's first step, an approximation; with prefix_cache 0 each step is exact"
+)
+
+Settings = dict[str, float]
+
+
+@dataclass(frozen=True)
+class MaskedFamily:
+    """One public format of masked diffusion.
+
+    shift: the hidden state at p is that of the token at p + shift. block_keys: keys of config.json
+    that may state the block length; default_block: where none does (0: everything is visible, None:
+    either is possible and must be told). canvas: positions denoised together where everything is
+    visible; sub_block: the same within a block, None: all of it. settings: of the public default
+    sampler, without its steps, which are one for each position. mask_token: its id where no file
+    says. mask_names, end_names: texts of added tokens that mask and end an answer, beside those
+    that the files name.
+    """
+
+    shift: int
+    block_keys: tuple[str, ...]
+    default_block: int | None
+    settings: Settings
+    canvas: int = 32
+    sub_block: int | None = None
+    mask_token: int | None = None
+    mask_names: tuple[str, ...] = ()
+    end_names: tuple[str, ...] = ("<|im_end|>",)
+
+
+_A2D = MaskedFamily(
+    shift=0,
+    block_keys=("block_size",),
+    default_block=None,
+    settings={},
+    mask_names=("<|mask|>",),
+)
+MASKED_FAMILIES: dict[str, MaskedFamily] = {
+    "a2d-llama": _A2D,
+    "a2d-qwen2": _A2D,
+    "a2d-qwen3": _A2D,
+    "sdar": MaskedFamily(
+        shift=0,
+        block_keys=("block_size", "block_length"),
+        default_block=4,
+        settings={"threshold": 0.9},
+        mask_names=("<|MASK|>", "<MASK>"),
+    ),
+    "Fast_dLLM_Qwen": MaskedFamily(
+        shift=1,
+        block_keys=("bd_size",),
+        default_block=32,
+        settings={"threshold": 0.9},
+        sub_block=8,
+        mask_token=151665,
+        mask_names=("|<MASK>|",),
+    ),
+    "Dream": MaskedFamily(
+        shift=1,
+        block_keys=(),
+        default_block=0,
+        settings={"temperature": 0.2, "top_p": 0.95, "order": 1},
+        canvas=256,
+        mask_names=("<|mask|>",),
+    ),
+    "llada": MaskedFamily(
+        shift=0,
+        block_keys=(),
+        default_block=0,
+        settings={},
+        mask_names=("<|mdm_mask|>",),
+        end_names=("<|eot_id|>",),
+    ),
+}
+
+AUTOREGRESSIVE_TYPES = ("llama", "qwen2", "qwen3")
+
+# Dream's `alg` of generation_config.json -> our order.
+_DREAM_ORDERS = {"maskgit_plus": 0, "entropy": 1, "topk_margin": 2}
+
+
+def stage_model(
+    checkpoint: Checkpoint,
+    *,
+    maximum_context: int | None,
+    experts: Literal["auto", "dense", "gather"],
+) -> StagedModel:
+    """Build the two stages; see `export.models.stage_model`. There are no experts to choose for."""
+    config = DenseConfig.from_checkpoint_config(checkpoint.config)
+    kind = checkpoint.config["model_type"]
+    family = MASKED_FAMILIES.get(kind)
+    tokens = AddedTokens(checkpoint.folder)
+    if family is None:
+        decoding, context, canvas, sampler, notes = _autoregressive(
+            checkpoint, config, maximum_context
+        )
+    else:
+        decoding, context, canvas, sampler, notes = _masked(
+            checkpoint, config, family, tokens, maximum_context
+        )
+    end_names = () if family is None else family.end_names
+    special = _special_tokens(checkpoint, config, end_names, tokens)
+    layers, unused = build_layers(
+        checkpoint, config, maximum_context=context, prefill_length=decoding.prefill_length
+    )
+    return StagedModel(
+        info=ModelInfo(
+            family=kind,
+            name=checkpoint.folder.resolve().name,
+            vocabulary_size=config.vocabulary_size,
+            hidden_size=config.hidden_size,
+            canvas_length=canvas,
+            maximum_context=context,
+        ),
+        style="autoregressive" if family is None else "masked_diffusion",
+        sampler=sampler,
+        special_tokens=special,
+        experts=Experts(),
+        stages=(
+            layers_stage(layers, decoding.prefill_length),
+            _head_stage(checkpoint, config, decoding, canvas),
+        ),
+        notes=(*notes, *unused, *_remote_code_note(checkpoint)),
+        decoding=decoding,
+    )
+
+
+def layers_stage(module: torch.nn.Module, prefill_length: int) -> StageModule:
+    """The stage "layers" of causal and masked decoding, for up to `prefill_length` tokens."""
+    return StageModule(
+        name="layers",
+        role="layers",
+        module=module,
+        example_inputs=(
+            torch.zeros(1, prefill_length, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            torch.ones(1, dtype=torch.int64),
+        ),
+        input_names=LAYERS_INPUTS,
+        output_names=LAYERS_OUTPUTS,
+        mutates_buffers=True,
+        dynamic={"tokens": {1: "tokens"}},
+    )
+
+
+def _head_stage(
+    checkpoint: Checkpoint, config: DenseConfig, decoding: Decoding, canvas: int
+) -> StageModule:
+    from export.token_head import autoregressive_head_stage, masked_head_stage
+
+    table = checkpoint.get(config.head_name(checkpoint))
+    rows, hidden = decoding.prefill_length, config.hidden_size
+    if decoding.mask_token is None:
+        return autoregressive_head_stage(table, rows, hidden)
+    return masked_head_stage(table, rows, canvas, hidden, mask_token=decoding.mask_token)
+
+
+_Parts = tuple[Decoding, int, int, Sampler, list[str]]
+"""Decoding, maximum context, canvas length, sampler, notes."""
+
+
+def _autoregressive(
+    checkpoint: Checkpoint, config: DenseConfig, maximum_context: int | None
+) -> _Parts:
+    from export.autoregressive import AutoregressiveSettings
+
+    context = _context(config, maximum_context, DEFAULT_CONTEXT, 1)
+    settings = _checked(AutoregressiveSettings, _generation_settings(checkpoint))
+    decoding = Decoding(prefill_length=min(PREFILL_LENGTH, context), block_length=1, shift=1)
+    return decoding, context, 1, Sampler("autoregressive", settings), []
+
+
+def _masked(
+    checkpoint: Checkpoint,
+    config: DenseConfig,
+    family: MaskedFamily,
+    tokens: AddedTokens,
+    maximum_context: int | None,
+) -> _Parts:
+    from export.masked_diffusion import MaskedDiffusionSettings
+
+    block = _block_length(checkpoint, family)
+    default = DEFAULT_CONTEXT if block else DEFAULT_CONTEXT_SEEING_ALL
+    context = _context(config, maximum_context, default, block or 1)
+    if block:
+        canvas = family.sub_block if family.sub_block and block % family.sub_block == 0 else block
+    else:
+        canvas = min(family.canvas, context // 2)  # the other half is for the prompt
+    found = dict(family.settings)
+    if checkpoint.config["model_type"] == "Dream":
+        found |= _dream_settings(checkpoint)
+    settings = _checked(MaskedDiffusionSettings, {"steps_per_canvas": canvas, **found})
+    prefill = context
+    if block:
+        prefill = min(context, max(PREFILL_LENGTH // block * block, block + family.shift))
+    decoding = Decoding(
+        prefill_length=prefill,
+        block_length=block,
+        shift=family.shift,
+        mask_token=_mask_token(checkpoint, config, family, tokens),
+    )
+    notes = [EXACT_CACHE if block else APPROXIMATE_CACHE]
+    return decoding, context, canvas, Sampler("masked", settings), notes
+
+
+def _context(
+    config: DenseConfig, maximum_context: int | None, default: int, block_length: int
+) -> int:
+    """The maximum context asked for, or the default in whole blocks."""
+    largest = config.max_positions
+    if maximum_context is None:
+        context = min(default, largest) // block_length * block_length
+        if context < 2:
+            raise CheckpointError(
+                f"config.json allows {largest} positions, fewer than one block of {block_length}; "
+                "correct the block length or the number of positions"
+            )
+        return context
+    if maximum_context > largest:
+        raise CheckpointError(
+            f"maximum context {maximum_context} exceeds the {largest} positions of config.json; "
+            "give at most that"
+        )
+    if maximum_context % block_length:
+        raise CheckpointError(
+            f"maximum context {maximum_context} is not a whole number of blocks of {block_length}; "
+            f"give a multiple of {block_length}"
+        )
+    if maximum_context < 2:
+        raise CheckpointError(f"maximum context {maximum_context} holds no answer; give at least 2")
+    return maximum_context
+
+
+def _block_length(checkpoint: Checkpoint, family: MaskedFamily) -> int:
+    """Positions that see each other; 0: all do."""
+    config = checkpoint.config
+    for key in family.block_keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        may_see_all = family.default_block is None
+        if type(value) is not int or value < (0 if may_see_all else 1):
+            also = ", 0 for a model that sees everything" if may_see_all else ""
+            raise CheckpointError(
+                f"config.json has {key} = {value!r}; give a number of positions{also}"
+            )
+        return value
+    if not family.block_keys and config.get("block_size") is not None:
+        raise CheckpointError(
+            f"config.json has block_size = {config['block_size']!r}, a blockwise variant of "
+            f"{config['model_type']} that is not built; supported: those that see everything"
+        )
+    if family.default_block is not None:
+        return family.default_block
+    # Checkpoints of both kinds have one config.json; only their names differ.
+    named = f"{checkpoint.folder.resolve().name} {config.get('_name_or_path', '')}".lower()
+    kinds = {kind for kind in ("bd3lm", "mdlm") if kind in named}
+    if len(kinds) == 1:
+        return 32 if kinds == {"bd3lm"} else 0
+    raise CheckpointError(
+        f"config.json of {checkpoint.folder} does not say which positions see each other: add "
+        '"block_size": 32 for a bd3lm checkpoint (or what it was trained with), '
+        '"block_size": 0 for an mdlm one'
+    )
+
+
+def _mask_token(
+    checkpoint: Checkpoint, config: DenseConfig, family: MaskedFamily, tokens: AddedTokens
+) -> int:
+    for file, section in (
+        ("config.json", checkpoint.config),
+        ("generation_config.json", checkpoint.generation_config),
+    ):
+        value = section.get("mask_token_id")
+        if value is not None:
+            return _in_vocabulary(value, f"mask_token_id of {file}", config)
+    names = (*tokens.mask_names(), *family.mask_names)
+    for name in names:
+        if (value := tokens.find(name)) is not None:
+            return _in_vocabulary(value, f"the tokenizer's {name!r}", config)
+    if family.mask_token is not None:
+        return _in_vocabulary(family.mask_token, "the mask token of this format", config)
+    raise CheckpointError(
+        f"{checkpoint.folder} does not say which token is the mask: neither config.json "
+        f"(mask_token_id) nor the tokenizer ({', '.join(map(repr, names))}) has it; add "
+        "mask_token_id to config.json"
+    )
+
+
+def _in_vocabulary(value: Any, what: str, config: DenseConfig) -> int:
+    if type(value) is not int or not 0 <= value < config.vocabulary_size:
+        raise CheckpointError(
+            f"{what} is {value!r}, the vocabulary has {config.vocabulary_size} tokens; "
+            "take all files from one checkpoint"
+        )
+    return value
+
+
+def _special_tokens(
+    checkpoint: Checkpoint, config: DenseConfig, end_names: Iterable[str], tokens: AddedTokens
+) -> SpecialTokens:
+    """Ids of generation_config.json, or of config.json where it does not say; and what else ends
+    an answer in this format."""
+
+    def find(key: str) -> Any:
+        value = checkpoint.generation_config.get(key)
+        return checkpoint.config.get(key) if value is None else value
+
+    def one(key: str) -> int | None:
+        value = find(key)
+        if isinstance(value, list) and value:  # Llama states several ends, and some several pads
+            value = value[0]
+        return None if value is None else _in_vocabulary(value, key, config)
+
+    ends = find("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = [_in_vocabulary(end, "eos_token_id", config) for end in ends]
+    for name in end_names:
+        if (value := tokens.find(name)) is not None:
+            ends.append(_in_vocabulary(value, f"the tokenizer's {name!r}", config))
+    return SpecialTokens(
+        eos=tuple(dict.fromkeys(ends)), pad=one("pad_token_id"), bos=one("bos_token_id")
+    )
+
+
+def _generation_settings(checkpoint: Checkpoint) -> Settings:
+    """temperature, top_p and top_k as transformers' generate() takes them: only if `do_sample`."""
+    config = checkpoint.generation_config
+    if not config.get("do_sample"):
+        return {}
+    found = {name: config.get(name) for name in ("temperature", "top_p", "top_k")}
+    found["temperature"] = 1.0 if found["temperature"] is None else found["temperature"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _dream_settings(checkpoint: Checkpoint) -> Settings:
+    """What Dream's own generation code reads from generation_config.json."""
+    config = checkpoint.generation_config
+    found = {name: config.get(name) for name in ("temperature", "top_p", "top_k")}
+    order = config.get("alg")
+    if order is not None:
+        if order not in _DREAM_ORDERS:
+            raise CheckpointError(
+                f"generation_config.json asks for the alg {order!r}; supported: "
+                f"{', '.join(map(repr, sorted(_DREAM_ORDERS)))}"
+            )
+        found["order"] = _DREAM_ORDERS[order]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _checked(settings: Callable[..., Any], found: Settings) -> Settings:
+    """All settings by name, checked by the sampler's own class."""
+    try:
+        return asdict(settings(**found))
+    except (InputError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"generation_config.json has sampler settings that cannot be used: {error}"
+        ) from error
+
+
+def _remote_code_note(checkpoint: Checkpoint) -> list[str]:
+    """Checkpoints of these formats bring Python code, which is not needed here."""
+    if not checkpoint.config.get("auto_map"):
+        return []
+    return ["config.json names Python code of the checkpoint (auto_map): not needed, and not run"]
+
+
+class AddedTokens:
+    """The tokens that a tokenizer's files name, by their text; read when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ids: dict[str, Any] | None = None
+
+    def find(self, text: str) -> Any:
+        """The id of an added token, or of a whole-word entry of the vocabulary; None without."""
+        if self._ids is None:
+            self._ids = self._read_ids()
+        return self._ids.get(text)
+
+    def mask_names(self) -> tuple[str, ...]:
+        """The text of the token that the tokenizer calls its mask, if it does."""
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            value = self._read(file).get("mask_token")
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, str):
+                return (value,)
+        return ()
+
+    def _read_ids(self) -> dict[str, Any]:
+        ids: dict[str, Any] = {}
+        tokenizer = self._read("tokenizer.json")
+        model = tokenizer.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            ids |= vocabulary
+        ids |= self._read("added_tokens.json")
+        decoder = self._read("tokenizer_config.json").get("added_tokens_decoder")
+        for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+                ids[entry["content"]] = int(number) if str(number).isdecimal() else number
+        added = tokenizer.get("added_tokens")
+        for entry in added if isinstance(added, list) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+                ids[entry["content"]] = entry.get("id")
+        return ids
+
+    def _read(self, file: str) -> dict[str, Any]:
+        path = self._folder / file
+        return read_json_object(path) if path.is_file() else {}
