@@ -1,0 +1,110 @@
+"""Training of the two models that differ in how they generate. CPU only, a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.models import stage_model
+from export.runtime import open_eager_session
+from quantize.checkpoint import open_checkpoint
+from scripts import train_twins
+from scripts.train_demo import Recipe, build_tokenizer
+from scripts.train_twins import BLOCK, LENGTH, MASK, Kind
+
+ROWS = 0.02
+
+
+def quiet(step: int, text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Rounded as a saved one is.
+    return train_twins.build_model(0).to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize("kind", train_twins.KINDS_OF_MODEL)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind: Kind, tmp_path: Path) -> None:
+    recipe = Recipe(steps=3, int4_from=0.5)
+    whole, figures = train_twins.train(kind, recipe, tmp_path / "whole", quiet, ROWS, False)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, text: str) -> None:
+        if step == 2:
+            raise Stop
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train_twins, "STEPS_PER_SNAPSHOT", 1)
+    with pytest.raises(Stop):
+        train_twins.train(kind, recipe, tmp_path / "cut", stop, ROWS, False)
+    patch.undo()
+    resumed, again = train_twins.train(kind, recipe, tmp_path / "cut", quiet, ROWS, True)
+    assert again["training_tokens"] == figures["training_tokens"] > 0
+    for (name, one), (_, other) in zip(
+        whole.named_parameters(), resumed.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_both_kinds_have_one_shape_and_are_opened_by_the_exporter(model, tmp_path: Path) -> None:
+    sessions = {}
+    for kind in train_twins.KINDS_OF_MODEL:
+        folder = tmp_path / kind
+        train_twins.save_model(folder, kind, model)
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 2**20
+        staged = stage_model(open_checkpoint(folder), maximum_context=LENGTH + BLOCK)
+        sessions[kind] = open_eager_session(staged)
+        assert staged.style.startswith(kind)
+    shapes = [
+        {
+            n: open_checkpoint(tmp_path / kind).shape(n)
+            for n in open_checkpoint(tmp_path / kind).names()
+        }
+        for kind in train_twins.KINDS_OF_MODEL
+    ]
+    assert shapes[0] == shapes[1]
+    for session in sessions.values():
+        assert len(session.generate([2, 7, 9], 5).tokens) > 0
+
+
+def test_the_training_pass_of_a_noisy_block_is_a_denoising_step_over_its_cache(
+    model, tmp_path: Path
+) -> None:
+    """What the training's mask lets a noisy block see is what the loop's layers let it see."""
+    tokens, _, _ = train_twins.rows_of(0, 0, build_tokenizer(), ROWS)
+    tokens = tokens[:1]
+    noisy = tokens.clone()
+    block = 3
+    live = slice(block * BLOCK, (block + 1) * BLOCK)
+    noisy[:, live] = MASK
+    positions = torch.arange(LENGTH).repeat(2)[None]
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.cat((tokens, noisy), 1),
+            attention_mask=train_twins.block_mask(),
+            position_ids=positions,
+        ).logits[0, LENGTH:][live]
+    folder = tmp_path / "masked"
+    train_twins.save_model(folder, "masked", model)
+    saved = open_checkpoint(folder)
+    staged = stage_model(saved, maximum_context=LENGTH)
+    layers = staged.stages[0].module
+    with torch.no_grad():
+        start, b = torch.tensor([0]), torch.tensor([BLOCK])
+        layers(tokens[:, : live.start], start, b)
+        hidden = layers(noisy[:, live], torch.tensor([live.start]), b)
+    ours = hidden[0] @ saved.get("model.embed_tokens.weight").T
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-4)
+
+
+def test_only_the_answer_counts() -> None:
+    tokens, lengths, ends = train_twins.rows_of(1, 5, build_tokenizer(), 0.05)
+    for row, length, end in zip(tokens.tolist(), lengths.tolist(), ends.tolist(), strict=True):
+        assert row[end - 1] == train_twins.TURN_END and set(row[end:]) <= {train_twins.PAD}
+        assert train_twins.TURN_END not in row[length : end - 1]
