@@ -165,7 +165,7 @@ def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
     eos = find("eos_token_id")
     if eos is None:
         eos = ()
-    eos = (eos,) if isinstance(eos, int) else tuple(eos)
+    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     special = {"pad": find("pad_token_id"), "bos": find("bos_token_id")}
     for value in (*eos, *special.values()):
         if value is not None and (type(value) is not int or value < 0):
