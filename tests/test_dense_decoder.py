@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from export.bundle import Decoding, SpecialTokens
+from export.masked_diffusion import MaskedDiffusionSettings
+from export.models import FAMILIES, stage_model
 from export.models.dense_decoder import DenseConfig, DenseLayers, build_layers
 from export.models.dense_stages import layers_stage
+from export.runtime import open_eager_session
+from export.staging import StagedModel
 from quantize.checkpoint import open_checkpoint
+from quantize.errors import CheckpointError
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from tests import dense_checkpoints
-from tests.dense_checkpoints import MASK
+from tests.dense_checkpoints import END, MASK, PAD
 
 # fp32 reassociation over two or three layers stays near 1e-6 on logits of scale 1.
 TOLERANCE = 1e-4
@@ -169,3 +177,162 @@ def test_the_lowered_int4_program_is_near_pytorch(tmp_path: Path) -> None:
     # Hidden states are of scale 1.
     assert together.median() < 1e-4, together.median()
     assert together.quantile(0.9) < 0.05, together.quantile(0.9)
+
+
+# --- the formats ---------------------------------------------------------------------------------
+
+
+def stages_of(folder: Path, maximum_context: int | None = None) -> StagedModel:
+    return stage_model(open_checkpoint(folder), maximum_context=maximum_context)
+
+
+# Model type, folder name, changes to config.json -> decoding, canvas, what differs in the settings.
+FORMATS: dict[str, tuple[str, str, dict[str, Any], Decoding, int, dict[str, float]]] = {
+    "bd3lm_by_its_name": (
+        "a2d-qwen3", "Qwen3-0.6B-diffusion-bd3lm-v0.1", {}, Decoding(256, 32, 0, MASK), 32, {},
+    ),
+    "bd3lm_by_its_block_size": (
+        "a2d-qwen2", "model", {"block_size": 16}, Decoding(256, 16, 0, MASK), 16, {},
+    ),
+    "mdlm_by_its_name": (
+        "a2d-qwen3", "Qwen3-0.6B-diffusion-mdlm-v0.1", {}, Decoding(256, 0, 0, MASK), 32, {},
+    ),
+    "sdar": ("sdar", "model", {}, Decoding(256, 4, 0, MASK), 4, {"threshold": 0.9}),
+    "sdar_of_another_block": (
+        "sdar", "model", {"block_size": 64}, Decoding(256, 64, 0, MASK), 64, {"threshold": 0.9},
+    ),
+    "sdar_that_states_no_block": (
+        "sdar", "model", {"block_size": None}, Decoding(256, 4, 0, MASK), 4, {"threshold": 0.9},
+    ),
+    "fast_dllm_v2": (
+        "Fast_dLLM_Qwen", "model", {}, Decoding(256, 32, 1, MASK), 8, {"threshold": 0.9},
+    ),
+    "dream": (
+        "Dream", "model", {"max_position_embeddings": 2048}, Decoding(1024, 0, 1, MASK), 256,
+        {"temperature": 0.2, "top_p": 0.95, "order": 1},
+    ),
+    "llada": ("llada", "model", {}, Decoding(256, 0, 0, MASK), 32, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_a_public_format_is_read_with_its_own_rules(case: str, tmp_path: Path) -> None:
+    model_type, name, changes, decoding, canvas, differs = FORMATS[case]
+    dense_checkpoints.write(tmp_path / name, model_type, changes=changes)
+    model = stages_of(tmp_path / name)
+    assert (model.style, model.info.family) == ("masked_diffusion", model_type)
+    assert (model.decoding, model.info.canvas_length) == (decoding, canvas)
+    assert model.sampler.name == "masked"
+    plain = MaskedDiffusionSettings(steps_per_canvas=canvas)
+    assert MaskedDiffusionSettings(**model.sampler.settings) == replace(plain, **differs)
+    expected_cache = "exact" if decoding.block_length else "approximation"
+    assert expected_cache in model.notes[0]
+    assert END in model.special_tokens.eos or model_type == "llada"
+    assert model.special_tokens.pad == PAD
+    assert [stage.role for stage in model.stages] == ["layers", "head"]
+
+
+def test_a_shifted_block_longer_than_a_prefill_chunk_still_fits_in_one_call(tmp_path: Path) -> None:
+    changes = {"bd_size": 512, "max_position_embeddings": 4096}
+    dense_checkpoints.write(tmp_path, "Fast_dLLM_Qwen", changes=changes)
+    decoding = stages_of(tmp_path).decoding
+    assert decoding is not None and decoding.prefill_length == 513
+
+
+def test_the_mask_of_fast_dllm_v2_needs_no_file_that_names_it(tmp_path: Path) -> None:
+    dense_checkpoints.write(
+        tmp_path, "Fast_dLLM_Qwen", vocabulary=151_666, tokenizer=False,
+        shape={"hidden_size": 16, "intermediate_size": 16},
+    )  # fmt: skip
+    decoding = stages_of(tmp_path).decoding
+    assert decoding is not None and decoding.mask_token == 151_665
+
+
+def test_remote_code_is_named_and_not_run(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, "sdar")
+    (tmp_path / "modeling_sdar.py").write_text("raise SystemExit('remote code was run')")
+    assert "not run" in stages_of(tmp_path).notes[-1]
+
+
+def test_sampling_of_an_autoregressive_checkpoint_is_what_it_asks_for(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, "qwen3")
+    assert stages_of(tmp_path).sampler.settings == {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+    asked = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    generation = {"do_sample": True, "eos_token_id": [END, PAD], **asked}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    model = stages_of(tmp_path)
+    assert (model.sampler.settings, model.special_tokens.eos) == (asked, (END, PAD))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+def test_greedy_text_is_that_of_transformers_token_for_token(
+    model_type: str, tmp_path: Path
+) -> None:
+    reference = dense_checkpoints.write(tmp_path, model_type)
+    prompt = random_tokens(41)
+    want = reference.generate(
+        prompt.view(1, -1), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    session = open_eager_session(replace(stages_of(tmp_path), special_tokens=SpecialTokens()))
+    assert session.generate(prompt.tolist(), 24).tokens == tuple(want[0, 41:].tolist())
+
+
+BAD: dict[str, tuple[str, dict[str, Any], int | None, str]] = {
+    "no mask token": ("sdar", {"mask_token_id": None}, None, "which token is the mask"),
+    "a mask outside of the vocabulary": ("sdar", {"mask_token_id": 96}, None, "has 96 tokens"),
+    "a mask that is no number": ("Dream", {"mask_token_id": "x"}, None, "config.json is 'x'"),
+    "an end outside of the vocabulary": ("qwen2", {"eos_token_id": [1, 200]}, None, "is 200"),
+    "padding outside of the vocabulary": ("llada", {"pad_token_id": -1}, None, "is -1"),
+    "a context of broken blocks": ("sdar", {}, 66, "whole number of blocks of 4"),
+    "a context over the model's": ("Dream", {}, 257, "exceeds the 256 positions"),
+    "a block over the model's positions": ("sdar", {"block_size": 512}, None, "block of 512"),
+    "a block of nothing": ("sdar", {"block_size": 0}, None, "block_size = 0"),
+    "a kind of visibility not stated": ("a2d-qwen3", {}, None, '"block_size": 32'),
+    "a blockwise dream": ("Dream", {"block_size": 32}, None, "blockwise variant"),
+    "a vocabulary of another model": ("qwen3", {"vocab_size": 128}, None, "has 96 rows"),
+    "sizes of another model": ("llama", {"intermediate_size": 128}, None, "does not fit"),
+    "a stretched rotary": (
+        "qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, None, "'yarn'; supported",
+    ),
+    "a sliding window": ("qwen2", {"use_sliding_window": True}, None, "use_sliding_window = True"),
+    "sliding layers": ("qwen3", {"layer_types": ["sliding_attention"] * 2}, None, "layer_types"),
+    "biases everywhere": ("qwen3", {"attention_bias": True}, None, "attention_bias = True"),
+    "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act = 'gelu'"),
+    "another block of llada": ("llada", {"block_type": "sequential"}, None, "block_type"),
+    "llada with alibi": ("llada", {"alibi": True}, None, "alibi = True"),
+    "heads that do not divide": ("qwen2", {"num_key_value_heads": 3}, None, "divide evenly"),
+    "no number of layers": ("llama", {"num_hidden_layers": None}, None, "num_hidden_layers = None"),
+    "biases that the type has not": ("llama", {"model_type": "llama"}, None, "biases"),
+    "a head that is not there": ("qwen2", {"tie_word_embeddings": False}, None, "lm_head.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_sentence(
+    case: str, tmp_path: Path
+) -> None:
+    model_type, changes, maximum_context, says = BAD[case]
+    written = "qwen2" if case.startswith("biases that") else model_type
+    plain = case.startswith("no mask")
+    if written != model_type:
+        changes = changes | {"rope_scaling": None}
+    dense_checkpoints.write(tmp_path, written, changes=changes, tokenizer=not plain)
+    with pytest.raises(CheckpointError) as refusal:
+        stages_of(tmp_path, maximum_context)
+    assert says in str(refusal.value), refusal.value
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_alg_that_is_not_built_is_refused(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, "Dream")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"alg": "origin"}))
+    with pytest.raises(CheckpointError, match="'origin'; supported: 'entropy'"):
+        stages_of(tmp_path)
+
+
+def test_an_unknown_model_type_is_told_what_is_supported(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, "qwen3", changes={"model_type": "mistral"})
+    with pytest.raises(CheckpointError) as refusal:
+        stages_of(tmp_path)
+    assert "'mistral'" in str(refusal.value)
+    assert all(name in str(refusal.value) for name in FAMILIES)

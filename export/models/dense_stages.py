@@ -308,7 +308,8 @@ def _mask_token(
         value = section.get("mask_token_id")
         if value is not None:
             return _in_vocabulary(value, f"mask_token_id of {file}", config)
-    names = (*tokens.mask_names(), *family.mask_names)
+    own = tokens.text_of("mask_token")
+    names = family.mask_names if own is None else (own, *family.mask_names)
     for name in names:
         if (value := tokens.find(name)) is not None:
             return _in_vocabulary(value, f"the tokenizer's {name!r}", config)
@@ -340,10 +341,10 @@ def _special_tokens(
         value = checkpoint.generation_config.get(key)
         return checkpoint.config.get(key) if value is None else value
 
-    def one(key: str) -> int | None:
+    def one(key: str, role: str) -> int | None:
         value = find(key)
-        if isinstance(value, list) and value:  # Llama states several ends, and some several pads
-            value = value[0]
+        if value is None and (text := tokens.text_of(role)) is not None:
+            value = tokens.find(text)
         return None if value is None else _in_vocabulary(value, key, config)
 
     ends = find("eos_token_id")
@@ -353,7 +354,9 @@ def _special_tokens(
         if (value := tokens.find(name)) is not None:
             ends.append(_in_vocabulary(value, f"the tokenizer's {name!r}", config))
     return SpecialTokens(
-        eos=tuple(dict.fromkeys(ends)), pad=one("pad_token_id"), bos=one("bos_token_id")
+        eos=tuple(dict.fromkeys(ends)),
+        pad=one("pad_token_id", "pad_token"),
+        bos=one("bos_token_id", "bos_token"),
     )
 
 
@@ -412,15 +415,15 @@ class AddedTokens:
             self._ids = self._read_ids()
         return self._ids.get(text)
 
-    def mask_names(self) -> tuple[str, ...]:
-        """The text of the token that the tokenizer calls its mask, if it does."""
+    def text_of(self, role: str) -> str | None:
+        """The text of the token that the tokenizer calls `mask_token` or the like; None without."""
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            value = self._read(file).get("mask_token")
+            value = self._read(file).get(role)
             if isinstance(value, dict):
                 value = value.get("content")
             if isinstance(value, str):
-                return (value,)
-        return ()
+                return value
+        return None
 
     def _read_ids(self) -> dict[str, Any]:
         ids: dict[str, Any] = {}
