@@ -111,8 +111,10 @@ _OWN: dict[str, dict[str, Any]] = {
         "architectures": ["Fast_dLLM_QwenForCausalLM"],
         "auto_map": {"AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM"},
         "bd_size": 32,
+        "conplemenrary_mask": True,
+        "eos_token_id": END,
         "layer_types": ["full_attention", "full_attention"],
-        "tie_word_embeddings": True,
+        "pad_token_id": END,
     },
     "Dream": _QWEN
     | {
@@ -157,6 +159,8 @@ _LLADA = {
     "vocab_size": VOCABULARY,
     "weight_tying": False,
 }
+# The mask's text, and whether the tokenizer calls it its mask; the others are as a2d's.
+_MASK_TEXTS = {"sdar": ("<|MASK|>", True), "Fast_dLLM_Qwen": ("|<MASK>|", False)}
 # Keys of transformers' Llama -> LLaDA's.
 _LLADA_KEYS = {
     "hidden_size": "d_model",
@@ -217,7 +221,7 @@ def write(
     config = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
     if tokenizer:
-        write_tokenizer(folder, vocabulary)
+        write_tokenizer(folder, vocabulary, *_MASK_TEXTS.get(model_type, ("<|mask|>", True)))
     return reference
 
 
@@ -239,9 +243,11 @@ def random_reference(kind: str, fields: dict[str, Any], seed: int) -> PreTrained
     return model
 
 
-def write_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
-    """A character tokenizer, with the mask among its added tokens as dllm's checkpoints have it."""
-    special = SPECIAL_TEXTS | {MASK: "<|mask|>"}
+def write_tokenizer(
+    folder: Path, vocabulary: int = VOCABULARY, mask: str = "<|mask|>", names_mask: bool = True
+) -> None:
+    """A character tokenizer with `mask` among its added tokens."""
+    special = SPECIAL_TEXTS | {MASK: mask}
     texts = [special.get(i, chr(0x20 + i)) for i in range(vocabulary)]
     added = [
         {"id": i, "content": text, "special": True, "single_word": False, "lstrip": False,
@@ -263,8 +269,8 @@ def write_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
             {
                 "added_tokens_decoder": {str(e["id"]): {"content": e["content"]} for e in added},
                 "eos_token": SPECIAL_TEXTS[END],
-                "mask_token": special[MASK],
                 "pad_token": SPECIAL_TEXTS[PAD],
+                **({"mask_token": mask} if names_mask else {}),
             }
         )
     )

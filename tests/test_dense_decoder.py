@@ -228,7 +228,7 @@ def test_a_public_format_is_read_with_its_own_rules(case: str, tmp_path: Path) -
     expected_cache = "exact" if decoding.block_length else "approximation"
     assert expected_cache in model.notes[0]
     assert END in model.special_tokens.eos or model_type == "llada"
-    assert model.special_tokens.pad == PAD
+    assert model.special_tokens.pad == (END if model_type == "Fast_dLLM_Qwen" else PAD)
     assert [stage.role for stage in model.stages] == ["layers", "head"]
 
 
@@ -246,6 +246,12 @@ def test_the_mask_of_fast_dllm_v2_needs_no_file_that_names_it(tmp_path: Path) ->
     )  # fmt: skip
     decoding = stages_of(tmp_path).decoding
     assert decoding is not None and decoding.mask_token == 151_665
+
+
+def test_the_mask_of_sdar_may_be_stated_by_the_tokenizer_alone(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, "sdar", changes={"mask_token_id": None})
+    decoding = stages_of(tmp_path).decoding
+    assert decoding is not None and decoding.mask_token == MASK
 
 
 def test_remote_code_is_named_and_not_run(tmp_path: Path) -> None:
