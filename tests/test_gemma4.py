@@ -24,6 +24,7 @@ from export.models.gemma4 import (
     Gemma4Layers,
     build_layers,
 )
+from export.runtime import open_eager_session
 from export.staging import StagedModel, StageModule
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError
@@ -238,6 +239,18 @@ def test_greedy_generation_is_that_of_transformers(case: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("case", ["large", "phone"])
+def test_a_session_gives_the_tokens_of_transformers_generate(case: str, tmp_path: Path) -> None:
+    reference = random_model(CASES[case] | {"tie_word_embeddings": False}, seed=5)
+    reference.save_pretrained(tmp_path)
+    prompt = torch.randint(0, VOCABULARY, (1, 17))
+    expected = reference.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False
+    )
+    found = open_eager_session(staged(tmp_path)).generate(prompt[0].tolist(), 20)
+    assert list(found.tokens) == expected[0, 17:].tolist()
+
+
+@pytest.mark.parametrize("case", ["large", "phone"])
 def test_every_tensor_changes_the_result(case: str, tmp_path: Path) -> None:
     """A tensor that could be dropped without notice would make the parity tests blind to it."""
     random_model(CASES[case]).save_pretrained(tmp_path)
@@ -378,6 +391,7 @@ TWO_LAYERS = EVERYTHING | {
 CALLS = ((0, PREFILL, 1), (PREFILL, 3, 1), (11, 1, 1), (12, 1, 1), (13, 5, 4), (16, 3, CONTEXT))
 
 
+@pytest.mark.slow
 def test_the_lowered_layers_equal_the_eager_ones_at_any_length(tmp_path: Path) -> None:
     random_model(EVERYTHING).save_pretrained(tmp_path / "hf")
     layers = build(tmp_path / "hf")
@@ -389,6 +403,7 @@ def test_the_lowered_layers_equal_the_eager_ones_at_any_length(tmp_path: Path) -
         assert difference.item() <= 2e-5, (start, count, block)
 
 
+@pytest.mark.slow
 def test_the_lowered_int4_layers_agree_with_the_eager_int4_ones(tmp_path: Path) -> None:
     """Quantiles, because a value beside a rounding boundary moves by a whole int8 step."""
     int4, _ = quantized_pair(TWO_LAYERS, tmp_path)
@@ -451,7 +466,6 @@ def test_a_config_that_does_not_fit_is_refused_by_name(
 
 def staged(folder: Path, maximum_context: int | None = CONTEXT) -> StagedModel:
     """The checkpoint's stages, through the table of families."""
-    pytest.importorskip("export.autoregressive")
     return stage_model(open_checkpoint(folder), maximum_context=maximum_context)
 
 
