@@ -327,10 +327,11 @@ class Stack(nn.Module):
         positions = start + self.offsets[:rows]
         x = state.view(rows, HIDDEN)
         torch.ops.aten.index_put_(self.cache, [slot, positions], x)
-        held = torch.index_select(self.cache, 0, slot).view(CONTEXT, HIDDEN)
+        held = torch.index_select(self.cache, 0, slot)
         last = (positions // block_length).unsqueeze(-1)
         sees = (self.keys // block_length <= last).to(torch.float32)
-        mean = torch.mm(sees, held) / (positions + 1).to(torch.float32).unsqueeze(-1)
+        total = torch.bmm(sees.unsqueeze(0), held).view(rows, HIDDEN)
+        mean = total / (positions + 1).to(torch.float32).unsqueeze(-1)
         return torch.tanh(x + torch.mm(mean, self.turn)).view(1, rows, HIDDEN)
 
 

@@ -30,6 +30,7 @@ from export.masked_diffusion import (
     split_evenly,
     spread_evenly,
 )
+from export.models import stage_model
 from export.runtime import (
     MASKED_HEAD_INPUTS,
     MASKED_HEAD_OUTPUTS,
@@ -39,11 +40,14 @@ from export.runtime import (
     open_session,
 )
 from export.staging import StagedModel
+from quantize.checkpoint import open_checkpoint
 from quantize.errors import BundleError, InputError
+from tests import dense_checkpoints
 from tests import masked_reference as reference
 from tests.tiny_decoder import (
     CONTEXT,
     MASK_TOKEN,
+    NO_END,
     SPECIAL,
     VOCABULARY,
     Weights,
@@ -190,6 +194,41 @@ def test_two_turns_give_what_one_turn_with_all_tokens_gives(kind: str) -> None:
     known, second = list(ours.tokens), prompt_of(5, seed=1)
     fresh = session(5, **options)
     assert ours.generate(second, 8).tokens == fresh.generate(known + second, 8).tokens
+
+
+# Format: keys of config.json, new tokens, and its reference on logits and prompt. Dream's one
+# canvas is half of the context.
+CHECKPOINTS: dict[str, tuple[dict[str, Any], int, Callable[..., list[int]]]] = {
+    "llada": ({}, 32, lambda *a, **k: reference.llada(*a, 32, 32, 32, **k)),
+    "Dream": ({}, 48, lambda *a, **k: reference.dream(*a, 48, 48, 48, "entropy", **k)),
+    "sdar": ({}, 32, lambda *a, **k: reference.sdar(*a, 32, 4, 4, 0.9, **k)),
+    "Fast_dLLM_Qwen": (
+        {"mask_token_id": dense_checkpoints.MASK},
+        32,
+        lambda *a, **k: reference.fast_dllm_v2(*a, 32, 32, 8, 0.9, **k),
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", CHECKPOINTS)
+def test_public_formats_give_their_samplers_tokens_over_the_model_of_transformers(
+    model_type: str, tmp_path: Path
+) -> None:
+    changes, answer, sampler = CHECKPOINTS[model_type]
+    plain = dense_checkpoints.write(tmp_path / "hf", model_type, changes=changes)
+
+    def logits_of(tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        with torch.no_grad():
+            return plain(tokens[None], attention_mask=mask).logits[0]
+
+    ours = open_eager_session(stage_model(open_checkpoint(tmp_path / "hf"), maximum_context=96))
+    settings = ours.settings_with({"temperature": 0.0, "top_p": 1.0, "prefix_cache": 0})
+    prompt = np.random.default_rng(1).integers(0, 80, 21).tolist()
+    ours.special_tokens = NO_END
+    found = ours.generate(prompt, answer, settings=settings)
+    expected = sampler(logits_of, prompt, mask=dense_checkpoints.MASK)
+    assert list(found.tokens) == expected
 
 
 # --- what is computed ---------------------------------------------------------------------------
