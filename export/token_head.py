@@ -386,6 +386,8 @@ class MaskedHead(nn.Module):
             raise ValueError(
                 f"mask_token is {mask_token}; it must be one of the {table.shape[0]} tokens"
             )
+        if chunk_columns < 1:
+            raise ValueError(f"chunk_columns is {chunk_columns}; it must be at least 1")
         self.hidden_size = table.shape[1]
         self.truncation = truncation
         self.vocabulary = (

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEPS = 20
-"""Halvings of the searched range: 30 nats / 2^20 are 3e-5, a few roundings of a logit of 50."""
+STEPS = 24
+"""Halvings of the searched range: 30 nats / 2^24 are 2e-6, the rounding of a logit of 30."""
 
 RANGE_NATS = 30.0
 """What lies farther under the best token is kept or not without effect: exp(-30) = 1e-13."""
@@ -23,7 +23,7 @@ _STEEP = 1.0e30
 def truncate(weights: Tensor, top_p: Tensor, top_k: Tensor, ones: Tensor) -> Tensor:
     """The weights that top-k, then top-p keep; 0 in place of the others. [M, V] -> [M, V].
 
-    Tokens whose logits differ by less than 3e-5 nats are kept or dropped together, as `TopK` keeps
+    Tokens whose logits differ by less than 2e-6 nats are kept or dropped together, as `TopK` keeps
     ties; the best token is always kept.
 
     Args:
