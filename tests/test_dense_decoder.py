@@ -164,7 +164,7 @@ def test_the_lowered_program_equals_pytorch_for_any_number_of_rows(tmp_path: Pat
 
 def test_the_lowered_int4_program_is_near_pytorch(tmp_path: Path) -> None:
     """By quantiles: dynamic int8 activations turn rounding into single larger differences."""
-    dense_checkpoints.write(tmp_path / "plain", "sdar")
+    dense_checkpoints.write(tmp_path / "plain", "qwen2", shape={"num_hidden_layers": 1})
     quantize_checkpoint(tmp_path / "plain", tmp_path / "int4", preset())
     layers = make_layers(tmp_path / "int4")
     program = lower(layers, tmp_path / "layers.pte")
@@ -258,6 +258,12 @@ def test_remote_code_is_named_and_not_run(tmp_path: Path) -> None:
     dense_checkpoints.write(tmp_path, "sdar")
     (tmp_path / "modeling_sdar.py").write_text("raise SystemExit('remote code was run')")
     assert "not run" in stages_of(tmp_path).notes[-1]
+
+
+def test_a_tokenizer_in_the_older_form_is_named(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, "Dream", tokenizer=False)
+    (tmp_path / "vocab.json").write_text("{}")
+    assert any("vocab.json" in note for note in stages_of(tmp_path).notes)
 
 
 def test_sampling_of_an_autoregressive_checkpoint_is_what_it_asks_for(tmp_path: Path) -> None:

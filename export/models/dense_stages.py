@@ -154,7 +154,7 @@ def stage_model(
             layers_stage(layers, decoding.prefill_length),
             _head_stage(checkpoint, config, decoding, canvas),
         ),
-        notes=(*notes, *unused, *_remote_code_note(checkpoint)),
+        notes=(*notes, *unused, *_folder_notes(checkpoint)),
         decoding=decoding,
     )
 
@@ -395,11 +395,19 @@ def _checked(settings: Callable[..., Any], found: Settings) -> Settings:
         ) from error
 
 
-def _remote_code_note(checkpoint: Checkpoint) -> list[str]:
-    """Checkpoints of these formats bring Python code, which is not needed here."""
-    if not checkpoint.config.get("auto_map"):
-        return []
-    return ["config.json names Python code of the checkpoint (auto_map): not needed, and not run"]
+def _folder_notes(checkpoint: Checkpoint) -> list[str]:
+    """What these formats bring that is not used: Python code, and tokenizers in an older form."""
+    folder, notes = checkpoint.folder, []
+    if not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
+        notes.append(
+            "the tokenizer is given as vocab.json and merges.txt, which is not read: save it as "
+            "tokenizer.json with transformers to give the bundle one"
+        )
+    if checkpoint.config.get("auto_map"):
+        notes.append(
+            "config.json names Python code of the checkpoint (auto_map): not needed, and not run"
+        )
+    return notes
 
 
 class AddedTokens:
