@@ -416,8 +416,8 @@ def test_the_lowered_int4_layers_agree_with_the_eager_int4_ones(tmp_path: Path) 
         values.append(expected.flatten())
     scale = torch.cat(values).pow(2).mean().sqrt().item()
     difference = torch.cat(differences).abs() / scale
-    assert difference.median().item() <= 0.01
-    assert difference.quantile(0.9).item() <= 0.05
+    assert difference.median().item() <= 1e-3
+    assert difference.quantile(0.9).item() <= 0.02
     assert difference.max().item() <= 0.3
 
 

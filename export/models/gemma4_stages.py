@@ -22,7 +22,8 @@ from quantize.errors import CheckpointError, InputError
 DEFAULT_CONTEXT = 4096
 """Default maximum context in positions, where the checkpoint allows it."""
 PREFILL_LENGTH = 128
-"""Most tokens of one call: prefill is by arithmetic from here on, and scores still stay small."""
+"""Most tokens of one call: enough that arithmetic and not the reading of weights takes the time,
+few enough that the attention scores `[heads * 128, context]` stay small."""
 
 
 def stage_model(
@@ -32,7 +33,7 @@ def stage_model(
     experts: Literal["auto", "dense", "gather"],
 ) -> StagedModel:
     """Build the two stages; see `export.models.stage_model`. There are no experts to choose for."""
-    # Imported here: they import torchao, which config errors should not wait for.
+    # Imported here: it imports torchao, which refusals of a config should not wait for.
     from export.token_head import autoregressive_head_stage
 
     config = Gemma4Config.from_checkpoint_config(checkpoint.config)
