@@ -202,6 +202,9 @@ class Attention(nn.Module):
         torch.ops.aten.index_put_(self.key_cache, [None, written], key)
         torch.ops.aten.index_put_(self.value_cache, [None, written], value)
         # A copy of the slot: ExecuTorch has no view that begins at a place known only at run time.
+        # At the released sizes it moves 6.3 MB a layer and run (context 512), where the int4
+        # weights are 17 MB. A `torch.cond` over caches apart needs none, but XNNPACK's partitioner
+        # leaves the products in its branches to the portable kernels.
         keys = torch.index_select(self.key_cache, 1, read)
         values = torch.index_select(self.value_cache, 1, read)
         scores = torch.bmm(query, keys.transpose(1, 2)) + mask
