@@ -318,7 +318,7 @@ class Stack(nn.Module):
     def __init__(self, table: Tensor, rows: int) -> None:
         super().__init__()
         self.register_buffer("turn", table[:HIDDEN].clone())
-        self.register_buffer("cache", torch.zeros(SLOTS, CONTEXT, HIDDEN))
+        self.register_buffer("cache", torch.zeros(1, SLOTS * CONTEXT, HIDDEN))
         self.register_buffer("offsets", torch.arange(rows))
         self.register_buffer("keys", torch.arange(CONTEXT))
 
@@ -326,8 +326,10 @@ class Stack(nn.Module):
         rows = state.shape[1]
         positions = start + self.offsets[:rows]
         x = state.view(rows, HIDDEN)
-        torch.ops.aten.index_put_(self.cache, [slot, positions], x)
-        held = torch.index_select(self.cache, 0, slot)
+        # ExecuTorch writes in place along one axis only.
+        first = slot * CONTEXT
+        torch.ops.aten.index_put_(self.cache, [None, first + positions], x.unsqueeze(0))
+        held = torch.index_select(self.cache, 1, first + self.keys)
         last = (positions // block_length).unsqueeze(-1)
         sees = (self.keys // block_length <= last).to(torch.float32)
         total = torch.bmm(sees.unsqueeze(0), held).view(rows, HIDDEN)
