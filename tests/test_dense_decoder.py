@@ -308,6 +308,7 @@ BAD: dict[str, tuple[str, dict[str, Any], int | None, str]] = {
     ),
     "a sliding window": ("qwen2", {"use_sliding_window": True}, None, "use_sliding_window = True"),
     "sliding layers": ("qwen3", {"layer_types": ["sliding_attention"] * 2}, None, "layer_types"),
+    "kinds of layers that are no list": ("qwen3", {"layer_types": 5}, None, "layer_types = 5"),
     "biases everywhere": ("qwen3", {"attention_bias": True}, None, "attention_bias = True"),
     "another activation": ("llama", {"hidden_act": "gelu"}, None, "hidden_act = 'gelu'"),
     "another block of llada": ("llada", {"block_type": "sequential"}, None, "block_type"),
@@ -339,6 +340,12 @@ def test_an_alg_that_is_not_built_is_refused(tmp_path: Path) -> None:
     dense_checkpoints.write(tmp_path, "Dream")
     (tmp_path / "generation_config.json").write_text(json.dumps({"alg": "origin"}))
     with pytest.raises(CheckpointError, match="'origin'; supported: 'entropy'"):
+        stages_of(tmp_path)
+
+
+def test_a_model_type_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, "qwen3", changes={"model_type": ["qwen3"]})
+    with pytest.raises(CheckpointError, match="supported: "):
         stages_of(tmp_path)
 
 

@@ -48,7 +48,7 @@ def stage_model(
         CheckpointError: an architecture that no family has, or a checkpoint that does not fit.
     """
     model_type = checkpoint.config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"config.json of {checkpoint.folder} has model_type {model_type!r}; supported: "
             f"{', '.join(sorted(FAMILIES))}"

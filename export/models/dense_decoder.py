@@ -126,10 +126,15 @@ def _hugging_face_config(config: dict[str, Any], kind: str) -> DenseConfig:
     """The keys that Qwen3, Qwen2, Llama and what is made from them share."""
     refuse_variant(config, "hidden_act", {"silu"}, default="silu")
     refuse_variant(config, "use_sliding_window", {False, None})
-    kinds = config.get("layer_types")
-    if kinds is not None and set(map(str, kinds)) - {"full_attention"}:
+    num_layers, kinds = positive(config, "num_hidden_layers"), config.get("layer_types")
+    if kinds is not None and not (
+        isinstance(kinds, list)
+        and len(kinds) == num_layers
+        and all(kind == "full_attention" for kind in kinds)
+    ):
         raise CheckpointError(
-            f"config.json has layer_types {sorted(set(map(str, kinds)))}; supported: full_attention"
+            f"config.json has layer_types = {str(kinds)[:100]}; supported: 'full_attention' for "
+            "each layer"
         )
     if kind not in QWEN2_TYPES:  # Qwen2's bias is not optional, whatever the field says
         refuse_variant(config, "attention_bias", {False, None})
@@ -151,7 +156,7 @@ def _hugging_face_config(config: dict[str, Any], kind: str) -> DenseConfig:
         vocabulary_size=positive(config, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=positive(config, "intermediate_size"),
-        num_layers=positive(config, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=heads
         if config.get("num_key_value_heads") is None

@@ -376,7 +376,7 @@ def _dream_settings(checkpoint: Checkpoint) -> Settings:
     found = {name: config.get(name) for name in ("temperature", "top_p", "top_k")}
     order = config.get("alg")
     if order is not None:
-        if order not in _DREAM_ORDERS:
+        if not isinstance(order, str) or order not in _DREAM_ORDERS:
             raise CheckpointError(
                 f"generation_config.json asks for the alg {order!r}; supported: "
                 f"{', '.join(map(repr, sorted(_DREAM_ORDERS)))}"
