@@ -418,18 +418,20 @@ def _compare(got: list[Tensor], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_lowered_autoregressive_head_is_the_eager_one(tmp_path) -> None:
-    stage = autoregressive_head_stage(_table(150), 8, HIDDEN, truncation=False, soft_cap=20.0)
+def test_the_lowered_autoregressive_head_is_the_eager_one(tmp_path, monkeypatch) -> None:
+    """With fewer halvings than usual, in both: lowering takes as long as they are many."""
+    monkeypatch.setattr("export.samplers.truncation.STEPS", 3)
+    stage = autoregressive_head_stage(_table(150), 8, HIDDEN, truncation=True, soft_cap=20.0)
     generator = torch.Generator().manual_seed(5)
     inputs = [
         (
             torch.randn(1, count, HIDDEN, generator=generator),
             torch.tensor([count - 1]),
-            torch.tensor([temperature, 1.0, 0.0]),
+            torch.tensor([temperature, top_p, top_k]),
             torch.rand(1, generator=generator),
         )
         for count in (8, 3, 1)
-        for temperature in (0.0, 0.7)
+        for temperature, top_p, top_k in ((0.0, 1.0, 0.0), (0.7, 1.0, 0.0), (0.7, 0.8, 20.0))
     ]
     for given_inputs, got in zip(inputs, _run(stage, tmp_path, inputs), strict=True):
         _compare(got, stage.module(*given_inputs))
