@@ -187,12 +187,21 @@ def preset(name: str = "int4-g32", *, scale_algorithm: str = "minmax") -> Recipe
 
 OTHER_MODALITIES = ("*vision_tower*", "*embed_vision*", "*audio_tower*", "*embed_audio*")
 PRECISE = ("*norm*", "*.router.*", "*layer_scalar")
-EMBEDDINGS = ("*embed_tokens.weight", "*wte.weight", "*word_embeddings.weight")
-HEADS = ("*lm_head.weight", "*embed_out.weight")
-# Gemma, Qwen, Llama and their fused forms; then LLaDA's names.
+EMBEDDINGS = (
+    "*embed_tokens.weight",
+    "*embed_tokens_per_layer.weight",
+    "*wte.weight",
+    "*word_embeddings.weight",
+)
+HEADS = ("*lm_head.weight", "*embed_out.weight", "*transformer.ff_out.weight")
+# Gemma, Qwen, Llama, HRM-Text and their fused forms; then LLaDA's names.
 LINEARS = (
     *(f"*.{part}_proj.weight" for part in ("q", "k", "v", "o", "qkv", "gate", "up", "down")),
     "*.gate_up_proj.weight",
+    "*.gqkv_proj.weight",
+    "*.per_layer_input_gate.weight",
+    "*.per_layer_projection.weight",
+    "*.per_layer_model_projection.weight",
     "*.attn_out.weight",
     "*.ff_proj.weight",
     "*.ff_out.weight",

@@ -38,7 +38,7 @@ def edit_config(folder: Path, path: str, value: object) -> None:
 
 
 def other_architecture(folder: Path) -> None:
-    edit_config(folder, "model_type", "llama")
+    edit_config(folder, "model_type", "mistral")
 
 
 def remote_code(folder: Path) -> None:
@@ -77,8 +77,8 @@ EXPORT_CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "missing safetensors": (remove_weights, (), "safetensors"),
     "truncated safetensors": (truncate_weights, (), "model.safetensors"),
     "truncated safetensors header": (truncate_header, (), "model.safetensors"),
-    "another architecture": (other_architecture, (), "'llama'; supported: diffusion_gemma"),
-    "remote code": (remote_code, (), "'my_model'; supported: diffusion_gemma"),
+    "another architecture": (other_architecture, (), "'mistral'; supported: "),
+    "remote code": (remote_code, (), "'my_model'; supported: "),
     "a config without experts": (config_without_experts, (), "text_config.num_experts = None"),
     "a config of other sizes": (config_of_other_sizes, (), "does not fit config.json"),
     "half a config": (config_cut_off, (), "config.json"),

@@ -41,7 +41,7 @@ def refuse_variant(
 ) -> None:
     """Raise CheckpointError for a variant that the graph does not have."""
     value = section.get(path.rsplit(".", 1)[-1], default)
-    if value not in allowed:
+    if isinstance(value, list | dict) or value not in allowed:
         raise CheckpointError(
             f"config.json has {path} = {value!r}; supported: {sorted(map(repr, allowed))}"
         )
