@@ -39,7 +39,18 @@ from export.masked_diffusion import (
     MaskedHeadOutput,
 )
 from export.process import captured_stderr
-from export.staging import StagedModel
+from export.staging import (
+    AUTOREGRESSIVE_HEAD_INPUTS,
+    AUTOREGRESSIVE_HEAD_OUTPUTS,
+    BLOCK_LAYERS_INPUTS,
+    HEAD_INPUTS,
+    HEAD_OUTPUTS,
+    LAYERS_INPUTS,
+    LAYERS_OUTPUTS,
+    MASKED_HEAD_INPUTS,
+    MASKED_HEAD_OUTPUTS,
+    StagedModel,
+)
 from export.uniform_diffusion import (
     HeadOutput,
     UniformDiffusionSession,
@@ -52,37 +63,6 @@ _SCALAR_TYPES = {
     0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool",
     15: "bfloat16",
 }  # fmt: skip
-
-# What the stages of uniform diffusion take from the loop, and what they must give back.
-LAYERS_INPUTS = ("tokens", "start", "denoise", "signal")
-LAYERS_OUTPUTS = ("hidden",)
-HEAD_INPUTS = (
-    "hidden",
-    "canvas",
-    "previous_argmax",
-    "stable_steps",
-    "step",
-    "settings",
-    "uniform",
-    "random_tokens",
-    "targets",
-)
-HEAD_OUTPUTS = (
-    "next_canvas",
-    "argmax",
-    "entropy",
-    "accepted",
-    "stable_steps",
-    "finished",
-    "target_log_prob",
-    "signal",
-)
-# The same of masked diffusion and of autoregressive models, whose layers see blocks.
-BLOCK_LAYERS_INPUTS = ("tokens", "start", "block_length")
-MASKED_HEAD_INPUTS = ("hidden", "rows", "settings", "quota", "uniform")
-MASKED_HEAD_OUTPUTS = ("token", "accepted", "score", "entropy")
-AUTOREGRESSIVE_HEAD_INPUTS = ("hidden", "row", "settings", "uniform")
-AUTOREGRESSIVE_HEAD_OUTPUTS = ("token", "log_prob", "entropy")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from export.bundle import Call, Decoding, Experts, ModelInfo, Role, Sampler, SpecialTokens, Style
+
+# What the stages of uniform diffusion take from the loop, and what they must give back.
+LAYERS_INPUTS = ("tokens", "start", "denoise", "signal")
+LAYERS_OUTPUTS = ("hidden",)
+HEAD_INPUTS = (
+    "hidden",
+    "canvas",
+    "previous_argmax",
+    "stable_steps",
+    "step",
+    "settings",
+    "uniform",
+    "random_tokens",
+    "targets",
+)
+HEAD_OUTPUTS = (
+    "next_canvas",
+    "argmax",
+    "entropy",
+    "accepted",
+    "stable_steps",
+    "finished",
+    "target_log_prob",
+    "signal",
+)
+# The same of masked diffusion and of autoregressive models, whose layers see blocks.
+BLOCK_LAYERS_INPUTS = ("tokens", "start", "block_length")
+MASKED_HEAD_INPUTS = ("hidden", "rows", "settings", "quota", "uniform")
+MASKED_HEAD_OUTPUTS = ("token", "accepted", "score", "entropy")
+AUTOREGRESSIVE_HEAD_INPUTS = ("hidden", "row", "settings", "uniform")
+AUTOREGRESSIVE_HEAD_OUTPUTS = ("token", "log_prob", "entropy")
 
 
 @dataclass(frozen=True)
@@ -47,3 +79,21 @@ class StagedModel:
     notes: tuple[str, ...] = ()
     decoding: Decoding | None = None
     schedule: tuple[Call, ...] = ()
+
+
+def block_layers_stage(module: nn.Module, prefill_length: int) -> StageModule:
+    """The stage "layers" of masked and autoregressive models, for up to `prefill_length` tokens."""
+    return StageModule(
+        name="layers",
+        role="layers",
+        module=module,
+        example_inputs=(
+            torch.zeros(1, prefill_length, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            torch.ones(1, dtype=torch.int64),
+        ),
+        input_names=BLOCK_LAYERS_INPUTS,
+        output_names=LAYERS_OUTPUTS,
+        mutates_buffers=True,
+        dynamic={"tokens": {1: "tokens"}},
+    )

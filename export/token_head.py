@@ -26,12 +26,13 @@ from export.head import (
 )
 from export.samplers import masked
 from export.samplers.truncation import truncate
-from export.staging import StageModule
-
-AUTOREGRESSIVE_HEAD_INPUTS = ("hidden", "row", "settings", "uniform")
-AUTOREGRESSIVE_HEAD_OUTPUTS = ("token", "log_prob", "entropy")
-MASKED_HEAD_INPUTS = ("hidden", "rows", "settings", "quota", "uniform")
-MASKED_HEAD_OUTPUTS = ("token", "accepted", "score", "entropy")
+from export.staging import (
+    AUTOREGRESSIVE_HEAD_INPUTS,
+    AUTOREGRESSIVE_HEAD_OUTPUTS,
+    MASKED_HEAD_INPUTS,
+    MASKED_HEAD_OUTPUTS,
+    StageModule,
+)
 
 CHUNK_COLUMNS = 2048
 """Logits per row and chunk. [256, 2048] in fp32 are 2 MiB."""

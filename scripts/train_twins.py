@@ -58,10 +58,10 @@ def model_config(kind: Kind) -> dict[str, Any]:
     """config.json's entries, the same for both but for what names the format."""
     shape = {
         "vocab_size": len(VOCABULARY),
-        "hidden_size": 192,
-        "intermediate_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
         "num_hidden_layers": 6,
-        "num_attention_heads": 6,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 1024,

@@ -17,9 +17,8 @@ from export.bundle import Decoding, SpecialTokens
 from export.masked_diffusion import MaskedDiffusionSettings
 from export.models import FAMILIES, stage_model
 from export.models.dense_decoder import DenseConfig, DenseLayers, build_layers
-from export.models.dense_stages import layers_stage
 from export.runtime import open_eager_session
-from export.staging import StagedModel
+from export.staging import StagedModel, block_layers_stage
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError
 from quantize.quantizer import quantize_checkpoint
@@ -132,7 +131,7 @@ def lower(layers: DenseLayers, path: Path) -> Callable[[Tensor, int, int], Tenso
 
     from export.backends import lower_stage
 
-    lowered = lower_stage(layers_stage(layers, layers.prefill_length), "xnnpack")
+    lowered = lower_stage(block_layers_stage(layers, layers.prefill_length), "xnnpack")
     assert [(out.shape, out.dynamic) for out in lowered.outputs] == [
         ((1, layers.prefill_length, layers.config.hidden_size), (1,))
     ]

@@ -19,13 +19,11 @@ from transformers import (
 from export.backends import lower_stage
 from export.models import stage_model
 from export.models.gemma4 import (
-    LAYERS_PASS_INPUTS,
-    LAYERS_PASS_OUTPUTS,
     Gemma4Layers,
     build_layers,
 )
 from export.runtime import open_eager_session
-from export.staging import StagedModel, StageModule
+from export.staging import StagedModel, block_layers_stage
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError
 from quantize.quantizer import quantize_checkpoint
@@ -349,18 +347,7 @@ def test_an_int4_checkpoint_computes_with_its_rounded_weights(tmp_path: Path) ->
 
 def lowered(layers: Gemma4Layers, path: Path) -> Callable[..., torch.Tensor]:
     """The layers as an XNNPACK program that is loaded and can be called."""
-    one = torch.ones(1, dtype=torch.int64)
-    stage = StageModule(
-        name="layers",
-        role="layers",
-        module=layers,
-        example_inputs=(torch.zeros(1, PREFILL, dtype=torch.int64), 0 * one, one),
-        input_names=LAYERS_PASS_INPUTS,
-        output_names=LAYERS_PASS_OUTPUTS,
-        mutates_buffers=True,
-        dynamic={"tokens": {1: "tokens"}},
-    )
-    lower_stage(stage, "xnnpack").write(path)
+    lower_stage(block_layers_stage(layers, PREFILL), "xnnpack").write(path)
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.pybindings import _C
 

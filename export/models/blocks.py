@@ -36,6 +36,14 @@ def positive(section: dict[str, Any], path: str) -> int:
     return value
 
 
+def positive_number(section: dict[str, Any], path: str) -> float:
+    """The same for a number that need not be whole; finite."""
+    value = field(section, path, (int, float))
+    if not 0 < value < math.inf:
+        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
+    return float(value)
+
+
 def refuse_variant(
     section: dict[str, Any], path: str, allowed: set[Any], *, default: Any = None
 ) -> None:
@@ -54,6 +62,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     0.5 * (1 + tanh(z)) = sigmoid(2 z) with z = sqrt(2 / pi) * (x + 0.044715 x^3).
     """
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), which XNNPACK takes in these two parts."""
+    return x * torch.sigmoid(x)
 
 
 class RMSNorm(nn.Module):

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from export.lookup import lookup_table
-from export.models.blocks import MASKED, GatedMLP, RMSNorm, Rotary, field, positive, refuse_variant
+from export.models.blocks import (
+    MASKED,
+    GatedMLP,
+    RMSNorm,
+    Rotary,
+    field,
+    positive,
+    positive_number,
+    refuse_variant,
+    silu,
+)
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
-
-LAYERS_INPUTS = ("tokens", "start", "block_length")
-LAYERS_OUTPUTS = ("hidden",)
 
 QWEN3_TYPES = frozenset({"qwen3", "a2d-qwen3", "sdar"})
 QWEN2_TYPES = frozenset({"qwen2", "a2d-qwen2", "Dream", "Fast_dLLM_Qwen"})
@@ -181,7 +188,7 @@ def _rope(config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
         if not isinstance(section, dict):
             raise CheckpointError(f"config.json has rope_scaling = {section!r}; give an object")
         section = {"rope_theta": config.get("rope_theta"), **section}
-    theta = float(_positive_number(section, f"{name}.rope_theta"))
+    theta = positive_number(section, f"{name}.rope_theta")
     kind = section.get("rope_type", section.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -189,27 +196,18 @@ def _rope(config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
         raise CheckpointError(
             f"config.json has {name} of the type {kind!r}; supported: 'default', 'llama3'"
         )
-    low, high = (
-        _positive_number(section, f"{name}.{side}_freq_factor") for side in ("low", "high")
-    )
+    low, high = (positive_number(section, f"{name}.{side}_freq_factor") for side in ("low", "high"))
     if low >= high:
         raise CheckpointError(
             f"config.json has {name}.low_freq_factor {low} and high_freq_factor {high}; "
             "the first must be smaller"
         )
     return theta, Llama3Scaling(
-        factor=_positive_number(section, f"{name}.factor"),
+        factor=positive_number(section, f"{name}.factor"),
         low_freq_factor=low,
         high_freq_factor=high,
         original_positions=positive(section, f"{name}.original_max_position_embeddings"),
     )
-
-
-def _positive_number(section: dict[str, Any], path: str) -> float:
-    value = field(section, path, (int, float))
-    if not 0 < value < math.inf:
-        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
-    return value
 
 
 def _llada_config(config: dict[str, Any]) -> DenseConfig:
@@ -252,8 +250,8 @@ def _llada_config(config: dict[str, Any]) -> DenseConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=hidden // heads,
-        norm_eps=float(_positive_number(config, "rms_norm_eps")),
-        rope_theta=float(_positive_number(config, "rope_theta")),
+        norm_eps=positive_number(config, "rms_norm_eps"),
+        rope_theta=positive_number(config, "rope_theta"),
         max_positions=positive(config, "max_sequence_length"),
         ties=config.get("weight_tying", True) is not False,
         has_llada_names=True,
@@ -276,11 +274,6 @@ def inverse_frequencies(config: DenseConfig) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
-
-
-def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), which XNNPACK takes in these two parts."""
-    return x * torch.sigmoid(x)
 
 
 class Attention(nn.Module):

@@ -6,18 +6,17 @@ public source each was checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from export.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
-from export.models.dense_decoder import LAYERS_INPUTS, LAYERS_OUTPUTS, DenseConfig, build_layers
-from export.staging import StagedModel, StageModule
+from export.models.defaults import autoregressive_settings, checked_settings
+from export.models.dense_decoder import DenseConfig, build_layers
+from export.staging import StagedModel, StageModule, block_layers_stage
 from quantize.checkpoint import Checkpoint
-from quantize.errors import CheckpointError, InputError
+from quantize.errors import CheckpointError
 from quantize.json_files import read_json_object
 
 DEFAULT_CONTEXT = 2048
@@ -151,29 +150,11 @@ def stage_model(
         special_tokens=special,
         experts=Experts(),
         stages=(
-            layers_stage(layers, decoding.prefill_length),
+            block_layers_stage(layers, decoding.prefill_length),
             _head_stage(checkpoint, config, decoding, canvas),
         ),
         notes=(*notes, *unused, *_folder_notes(checkpoint)),
         decoding=decoding,
-    )
-
-
-def layers_stage(module: torch.nn.Module, prefill_length: int) -> StageModule:
-    """The stage "layers" of causal and masked decoding, for up to `prefill_length` tokens."""
-    return StageModule(
-        name="layers",
-        role="layers",
-        module=module,
-        example_inputs=(
-            torch.zeros(1, prefill_length, dtype=torch.int64),
-            torch.zeros(1, dtype=torch.int64),
-            torch.ones(1, dtype=torch.int64),
-        ),
-        input_names=LAYERS_INPUTS,
-        output_names=LAYERS_OUTPUTS,
-        mutates_buffers=True,
-        dynamic={"tokens": {1: "tokens"}},
     )
 
 
@@ -196,10 +177,8 @@ _Parts = tuple[Decoding, int, int, Sampler, list[str]]
 def _autoregressive(
     checkpoint: Checkpoint, config: DenseConfig, maximum_context: int | None
 ) -> _Parts:
-    from export.autoregressive import AutoregressiveSettings
-
     context = _context(config, maximum_context, DEFAULT_CONTEXT, 1)
-    settings = _checked(AutoregressiveSettings, _generation_settings(checkpoint))
+    settings = autoregressive_settings(checkpoint.generation_config)
     decoding = Decoding(prefill_length=min(PREFILL_LENGTH, context), block_length=1, shift=1)
     return decoding, context, 1, Sampler("autoregressive", settings), []
 
@@ -223,7 +202,7 @@ def _masked(
     found = dict(family.settings)
     if checkpoint.config["model_type"] == "Dream":
         found |= _dream_settings(checkpoint)
-    settings = _checked(MaskedDiffusionSettings, {"steps_per_canvas": canvas, **found})
+    settings = checked_settings(MaskedDiffusionSettings, {"steps_per_canvas": canvas, **found})
     prefill = context
     if block:
         prefill = min(context, max(PREFILL_LENGTH // block * block, block + family.shift))
@@ -360,16 +339,6 @@ def _special_tokens(
     )
 
 
-def _generation_settings(checkpoint: Checkpoint) -> Settings:
-    """temperature, top_p and top_k as transformers' generate() takes them: only if `do_sample`."""
-    config = checkpoint.generation_config
-    if not config.get("do_sample"):
-        return {}
-    found = {name: config.get(name) for name in ("temperature", "top_p", "top_k")}
-    found["temperature"] = 1.0 if found["temperature"] is None else found["temperature"]
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _dream_settings(checkpoint: Checkpoint) -> Settings:
     """What Dream's own generation code reads from generation_config.json."""
     config = checkpoint.generation_config
@@ -383,16 +352,6 @@ def _dream_settings(checkpoint: Checkpoint) -> Settings:
             )
         found["order"] = _DREAM_ORDERS[order]
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _checked(settings: Callable[..., Any], found: Settings) -> Settings:
-    """All settings by name, checked by the sampler's own class."""
-    try:
-        return asdict(settings(**found))
-    except (InputError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"generation_config.json has sampler settings that cannot be used: {error}"
-        ) from error
 
 
 def _folder_notes(checkpoint: Checkpoint) -> list[str]:

@@ -11,8 +11,14 @@ from export.bundle import Experts, ModelInfo, Sampler, SpecialTokens
 from export.head import DiffusionHead, head_example_inputs
 from export.models.diffusion_gemma import EMBEDDING_NAME, DiffusionGemmaConfig, build_layers
 from export.models.experts import choose_expert_computation
-from export.runtime import HEAD_INPUTS, HEAD_OUTPUTS, LAYERS_INPUTS, LAYERS_OUTPUTS
-from export.staging import StagedModel, StageModule
+from export.staging import (
+    HEAD_INPUTS,
+    HEAD_OUTPUTS,
+    LAYERS_INPUTS,
+    LAYERS_OUTPUTS,
+    StagedModel,
+    StageModule,
+)
 from export.uniform_diffusion import UniformDiffusionSettings
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, InputError

@@ -6,7 +6,6 @@ sampler (export/token_head.py). Reference: `Gemma4TextModel` of transformers 5.2
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from export.models.blocks import (
     field,
     gelu_tanh,
     positive,
+    positive_number,
     refuse_variant,
 )
 from export.models.diffusion_gemma import RotaryConfig, inverse_frequencies
@@ -35,9 +35,6 @@ PREFIXES = {WRAPPER_TYPE: "model.language_model.", TEXT_TYPE: "model."}
 OTHER_MODALITIES = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
 SHARED_PARTS = ("k_proj", "v_proj", "k_norm", "v_norm")
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-LAYERS_PASS_INPUTS = ("tokens", "start", "block_length")
-LAYERS_PASS_OUTPUTS = ("hidden",)
 
 
 @dataclass(frozen=True)
@@ -124,14 +121,14 @@ class Gemma4Config:
         ropes = field(text, at + "rope_parameters", dict)
         soft_cap = None
         if text.get("final_logit_softcapping") is not None:
-            soft_cap = _positive_number(text, at + "final_logit_softcapping")
+            soft_cap = positive_number(text, at + "final_logit_softcapping")
         return cls(
             prefix=PREFIXES[model_type],
             vocabulary_size=vocabulary,
             hidden_size=positive(text, at + "hidden_size"),
             num_heads=num_heads,
             sliding_window=positive(text, at + "sliding_window"),
-            norm_eps=_positive_number(text, at + "rms_norm_eps"),
+            norm_eps=positive_number(text, at + "rms_norm_eps"),
             max_positions=positive(text, at + "max_position_embeddings"),
             attention_bias=_flag(text, at + "attention_bias"),
             per_layer_size=per_layer_size,
@@ -152,13 +149,6 @@ def _flag(section: dict[str, Any], path: str, *, default: bool = False) -> bool:
         return default
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json has {path} = {value!r}; it must be true or false")
-    return value
-
-
-def _positive_number(section: dict[str, Any], path: str) -> float:
-    value = float(field(section, path, (int, float)))
-    if not (0 < value < math.inf):
-        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
     return value
 
 
@@ -252,7 +242,7 @@ def _rotary(ropes: dict[str, Any], kind: str, at: str) -> RotaryConfig:
     path = f"{at}{kind}."
     fraction = factor = 1.0
     if rope.get("partial_rotary_factor") is not None:
-        fraction = _positive_number(rope, path + "partial_rotary_factor")
+        fraction = positive_number(rope, path + "partial_rotary_factor")
     is_default = rope["rope_type"] == "default"
     if fraction > 1.0 or (is_default and fraction != 1.0):
         raise CheckpointError(
@@ -260,10 +250,10 @@ def _rotary(ropes: dict[str, Any], kind: str, at: str) -> RotaryConfig:
             f"{rope['rope_type']!r}; only 'proportional' rotary takes one, of at most 1"
         )
     if not is_default and rope.get("factor") is not None:
-        factor = _positive_number(rope, path + "factor")
+        factor = positive_number(rope, path + "factor")
     return RotaryConfig(
         kind=rope["rope_type"],
-        theta=_positive_number(rope, path + "rope_theta"),
+        theta=positive_number(rope, path + "rope_theta"),
         fraction=fraction,
         factor=factor,
     )

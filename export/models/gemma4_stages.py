@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from export.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
+from export.bundle import Decoding, Experts, ModelInfo, Sampler
+from export.models.defaults import autoregressive_settings, special_tokens
 from export.models.gemma4 import (
-    LAYERS_PASS_INPUTS,
-    LAYERS_PASS_OUTPUTS,
     WRAPPER_TYPE,
     Gemma4Config,
     build_layers,
 )
-from export.staging import StagedModel, StageModule
+from export.staging import StagedModel, block_layers_stage
 from quantize.checkpoint import Checkpoint
-from quantize.errors import CheckpointError, InputError
+from quantize.errors import CheckpointError
 
 DEFAULT_CONTEXT = 4096
 """Default maximum context in positions, where the checkpoint allows it."""
@@ -54,7 +50,8 @@ def stage_model(
             f"tensor {config.head_table} has shape {list(checkpoint.shape(config.head_table))}, "
             f"config.json says {list(table_shape)}; take config and weights from one checkpoint"
         )
-    one = torch.ones(1, dtype=torch.int64)
+    whole = checkpoint.config
+    text = whole["text_config"] if whole["model_type"] == WRAPPER_TYPE else whole
     return StagedModel(
         info=ModelInfo(
             family="gemma4",
@@ -65,20 +62,11 @@ def stage_model(
             maximum_context=maximum_context,
         ),
         style="autoregressive",
-        sampler=Sampler("autoregressive", _settings(checkpoint.generation_config)),
-        special_tokens=_special_tokens(checkpoint),
+        sampler=Sampler("autoregressive", autoregressive_settings(checkpoint.generation_config)),
+        special_tokens=special_tokens(checkpoint.generation_config, whole, text),
         experts=Experts(),
         stages=(
-            StageModule(
-                name="layers",
-                role="layers",
-                module=layers,
-                example_inputs=(torch.zeros(1, prefill, dtype=torch.int64), 0 * one, one),
-                input_names=LAYERS_PASS_INPUTS,
-                output_names=LAYERS_PASS_OUTPUTS,
-                mutates_buffers=True,
-                dynamic={"tokens": {1: "tokens"}},
-            ),
+            block_layers_stage(layers, prefill),
             autoregressive_head_stage(
                 checkpoint.get(config.head_table),
                 prefill,
@@ -89,46 +77,3 @@ def stage_model(
         notes=tuple(notes),
         decoding=Decoding(prefill_length=prefill, block_length=1, shift=1),
     )
-
-
-def _settings(generation_config: dict[str, Any]) -> dict[str, float]:
-    """The checkpoint's sampler defaults: greedy, unless it says that it samples."""
-    from export.autoregressive import AutoregressiveSettings
-
-    if not generation_config.get("do_sample"):
-        return asdict(AutoregressiveSettings())
-    found = {
-        "temperature": generation_config.get("temperature", 1.0),
-        "top_p": generation_config.get("top_p"),
-        "top_k": generation_config.get("top_k"),
-    }
-    try:
-        return asdict(AutoregressiveSettings(**{k: v for k, v in found.items() if v is not None}))
-    except (InputError, TypeError) as error:
-        raise CheckpointError(
-            f"generation_config.json has sampler settings that cannot be used: {error}"
-        ) from error
-
-
-def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
-    """Ids of generation_config.json, or of config.json where it does not say."""
-    config = checkpoint.config
-    text = config["text_config"] if config["model_type"] == WRAPPER_TYPE else config
-
-    def find(key: str) -> Any:
-        for section in (checkpoint.generation_config, config, text):
-            if section.get(key) is not None:
-                return section[key]
-        return None
-
-    def is_id(value: Any) -> bool:
-        return type(value) is int and value >= 0
-
-    eos, pad, bos = (find(f"{name}_token_id") for name in ("eos", "pad", "bos"))
-    ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    for name, ids in (("eos", ends), ("pad", (pad,)), ("bos", (bos,))):
-        if not all(is_id(value) or (value is None and name != "eos") for value in ids):
-            raise CheckpointError(
-                f"the checkpoint has {name}_token_id = {list(ids)!r}; expected token ids"
-            )
-    return SpecialTokens(eos=ends, pad=pad, bos=bos)

@@ -7,7 +7,6 @@ tensors), backends, the vocabulary head. Reference: `HrmTextForCausalLM` of tran
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +16,15 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.lookup import lookup_table
-from export.models.blocks import MASKED, RMSNorm, Rotary, field, positive, refuse_variant
+from export.models.blocks import (
+    MASKED,
+    RMSNorm,
+    Rotary,
+    positive,
+    positive_number,
+    refuse_variant,
+    silu,
+)
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 
@@ -100,7 +107,7 @@ class HrmTextConfig:
         return cls(
             **sizes,
             num_layers=_num_layers(config, sizes["high_cycles"], sizes["low_cycles"]),
-            norm_eps=_positive_number(config, "rms_norm_eps"),
+            norm_eps=positive_number(config, "rms_norm_eps"),
             rotary_theta=_rotary_theta(config),
             embedding_scale=_embedding_scale(config),
             prefix_lm=bool(config.get("prefix_lm", True)),
@@ -136,30 +143,23 @@ def _num_layers(config: dict[str, Any], high_cycles: int, low_cycles: int) -> in
     return layers
 
 
-def _positive_number(section: dict[str, Any], path: str) -> float:
-    value = float(field(section, path, (int, float)))
-    if not (math.isfinite(value) and value > 0):
-        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
-    return value
-
-
 def _rotary_theta(config: dict[str, Any]) -> float:
     rope = config.get("rope_parameters")
     if rope is None and config.get("rope_scaling") is None:
-        return _positive_number(config, "rope_theta")
+        return positive_number(config, "rope_theta")
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
         raise CheckpointError(
             f"config.json has rope_parameters = {rope!r} and rope_scaling = "
             f"{config.get('rope_scaling')!r}; expected rope_type 'default' with a rope_theta"
         )
-    return _positive_number(rope, "rope_parameters.rope_theta")
+    return positive_number(rope, "rope_parameters.rope_theta")
 
 
 def _embedding_scale(config: dict[str, Any]) -> float:
     """1 / initializer_range where it is not stated, as in the reference's config class."""
     if config.get("embedding_scale") is None:
-        return 1.0 / _positive_number(config, "initializer_range")
-    return _positive_number(config, "embedding_scale")
+        return 1.0 / positive_number(config, "initializer_range")
+    return positive_number(config, "embedding_scale")
 
 
 class Attention(nn.Module):
@@ -226,7 +226,7 @@ class MLP(nn.Module):
         """Map `[N, H]` to `[N, H]`."""
         projected = self.gate_up_proj(x)
         gate, up = projected[:, : self.size], projected[:, self.size :]
-        return self.down_proj(gate * torch.sigmoid(gate) * up)
+        return self.down_proj(silu(gate) * up)
 
 
 class Layer(nn.Module):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from export.bundle import Call, Decoding, Experts, ModelInfo, Sampler, SpecialTokens
+from export.bundle import Call, Decoding, Experts, ModelInfo, Sampler
+from export.models.defaults import autoregressive_settings, special_tokens
 from export.models.hrm_text import (
     EMBEDDING_NAME,
     HEAD_NAME,
@@ -17,7 +17,7 @@ from export.models.hrm_text import (
 )
 from export.staging import StagedModel, StageModule
 from quantize.checkpoint import Checkpoint
-from quantize.errors import CheckpointError, InputError
+from quantize.errors import CheckpointError
 
 DEFAULT_CONTEXT = 512
 """Default maximum context: each run of a stack in a pass has a KV cache of its own, which at the
@@ -74,8 +74,8 @@ def stage_model(
             maximum_context=context,
         ),
         style="autoregressive",
-        sampler=Sampler("autoregressive", _settings(checkpoint.generation_config)),
-        special_tokens=_special_tokens(checkpoint),
+        sampler=Sampler("autoregressive", autoregressive_settings(checkpoint.generation_config)),
+        special_tokens=special_tokens(checkpoint.generation_config, checkpoint.config),
         experts=Experts(),
         stages=(
             StageModule(
@@ -136,40 +136,3 @@ def _context(config: HrmTextConfig, maximum_context: int | None) -> int:
             "positions of config.json; give one that is"
         )
     return maximum_context
-
-
-def _settings(generation_config: dict[str, Any]) -> dict[str, float]:
-    """The checkpoint's sampling defaults; greedy unless it says `do_sample`."""
-    from export.autoregressive import AutoregressiveSettings
-
-    if not generation_config.get("do_sample", False):
-        return asdict(AutoregressiveSettings())
-    # transformers' own defaults are 1.0, 1.0 and, oddly, 50; what is not stated is left off here.
-    found = {name: generation_config.get(name) for name in ("temperature", "top_p", "top_k")}
-    stated = {name: value for name, value in found.items() if value is not None}
-    try:
-        return asdict(AutoregressiveSettings(**({"temperature": 1.0} | stated)))
-    except (InputError, TypeError) as error:
-        raise CheckpointError(
-            f"generation_config.json has sampler settings that cannot be used: {error}"
-        ) from error
-
-
-def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
-    """Ids of generation_config.json, or of config.json where it does not say."""
-
-    def find(key: str) -> Any:
-        value = checkpoint.generation_config.get(key)
-        return checkpoint.config.get(key) if value is None else value
-
-    eos = find("eos_token_id")
-    if eos is None:
-        eos = ()
-    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    special = {"pad": find("pad_token_id"), "bos": find("bos_token_id")}
-    for value in (*eos, *special.values()):
-        if value is not None and (type(value) is not int or value < 0):
-            raise CheckpointError(
-                f"the checkpoint gives {value!r} as a special token; expected an id from 0 on"
-            )
-    return SpecialTokens(eos=eos, **special)
