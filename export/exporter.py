@@ -36,6 +36,7 @@ def export_bundle(
     *,
     maximum_context: int | None = None,
     experts: Literal["auto", "dense", "gather"] = "auto",
+    truncation: bool | None = None,
     backend: str = "xnnpack",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -47,6 +48,7 @@ def export_bundle(
         destination: the new bundle; replaced only with `overwrite`, and only if it is a bundle.
         maximum_context: positions of the KV cache, canvas included; None: the family's default.
         experts: how a mixture of experts is computed; `auto` takes the cheaper by estimate.
+        truncation: whether top-p and top-k can be set; None: if the checkpoint's settings do.
         backend: one of `export.backends.BACKENDS`.
         progress: called with (done, total, what); the unit is one piece of work.
 
@@ -60,7 +62,9 @@ def export_bundle(
     with stage_bundle(destination, overwrite=overwrite) as writer:
         report = progress or (lambda done, total, what: None)
         report(0, 1, "loading the weights")
-        model = stage_model(checkpoint, maximum_context=maximum_context, experts=experts)
+        model = stage_model(
+            checkpoint, maximum_context=maximum_context, experts=experts, truncation=truncation
+        )
         if tokenizer is not None:
             _check_tokenizer(tokenizer, model)
             writer.path(TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())

@@ -170,7 +170,7 @@ class Session:
     """A conversation with one model: which tokens there are, and how many the KV cache holds.
 
     One session at a time per model, since the cache is the model's. What a style adds is its
-    settings (a dataclass) and its `Turn`.
+    settings (a dataclass) and its `Turn`. `can_set` names the settings that its program heeds.
     """
 
     turn_class: type[Turn]
@@ -179,6 +179,7 @@ class Session:
         self.model = model
         self.special_tokens = special_tokens
         self.settings = settings
+        self.can_set = frozenset(vars(settings))
         self._tokens: list[int] = []
         self._cached = 0
         self._canvases = 0
@@ -205,13 +206,14 @@ class Session:
 
     def settings_with(self, changes: Mapping[str, float]) -> Any:
         """The session's settings with some replaced; InputError for an unknown one or its value."""
-        try:
-            return replace(self.settings, **changes)
-        except TypeError as error:
+        if unknown := sorted(changes.keys() - self.can_set):
             raise InputError(
-                f"the settings {', '.join(changes)} are not all known to the sampler; it has "
-                f"{', '.join(vars(self.settings))}"
-            ) from error
+                f"the sampler of this model has no setting {', '.join(unknown)}; it has "
+                f"{', '.join(name for name in vars(self.settings) if name in self.can_set)}"
+                + "; export it with --truncation for top_p and top_k"
+                * hasattr(self.settings, "top_p")
+            )
+        return replace(self.settings, **changes)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens behind the first `length`, for instance padding before a next turn.
@@ -321,6 +323,7 @@ class Turn:
         self.info = session.info
         self.seed = seed
         self.settings = settings
+        self.can_set = frozenset(vars(settings))
         self.force_steps = force_steps
         self.listener = on_event
         self.cancel = cancel

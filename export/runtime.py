@@ -589,7 +589,9 @@ class _Style:
                 f"{name} has sampler settings that cannot be used ({error}); correct them in the "
                 "checkpoint's generation_config.json and export it again"
             ) from error
-        return self.session(self.model(stages), special, settings)
+        session = self.session(self.model(stages), special, settings)
+        session.can_set = frozenset(sampler.settings)
+        return session
 
 
 SESSIONS: dict[str, _Style] = {

@@ -131,6 +131,14 @@ def export(
         Literal["auto", "dense", "gather"],
         typer.Option(help="How a mixture of experts is computed; auto takes the cheaper one."),
     ] = "auto",
+    truncation: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether top_p and top_k can be set later; they cost time and memory at every "
+            "step (default: only if the checkpoint's own settings use them).",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="What the programs are lowered to.")] = "xnnpack",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -141,6 +149,8 @@ def export(
     options: dict[str, Any] = {"experts": experts, "backend": backend, "overwrite": overwrite}
     if maximum_context is not None:
         options["maximum_context"] = maximum_context
+    if truncation is not None:
+        options["truncation"] = truncation
     with reporting("exporting") as progress:
         bundle = export_bundle(source, destination, progress=progress, **options)
     if as_json:

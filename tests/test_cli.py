@@ -305,7 +305,7 @@ BAD: dict[str, tuple[Callable[[Path], None], tuple[object, ...], str]] = {
     "an unknown setting": (
         nothing,
         ("--set", "colour=1"),
-        "known to the sampler; it has max_steps",
+        "has no setting colour; it has max_steps",
     ),
     "a setting without a value": (nothing, ("--set", "t_min"), "no value; give NAME=NUMBER"),
     "a setting that is no number": (nothing, ("--set", "t_min=x"), "'x'; give NAME=NUMBER"),

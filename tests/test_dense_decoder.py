@@ -20,7 +20,7 @@ from export.models.dense_decoder import DenseConfig, DenseLayers, build_layers
 from export.runtime import open_eager_session
 from export.staging import StagedModel, block_layers_stage
 from quantize.checkpoint import open_checkpoint
-from quantize.errors import CheckpointError
+from quantize.errors import CheckpointError, InputError
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from tests import dense_checkpoints
@@ -267,12 +267,30 @@ def test_a_tokenizer_in_the_older_form_is_named(tmp_path: Path) -> None:
 
 def test_sampling_of_an_autoregressive_checkpoint_is_what_it_asks_for(tmp_path: Path) -> None:
     dense_checkpoints.write(tmp_path, "qwen3")
-    assert stages_of(tmp_path).sampler.settings == {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+    assert stages_of(tmp_path).sampler.settings == {"temperature": 0.0}
     asked = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     generation = {"do_sample": True, "eos_token_id": [END, PAD], **asked}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     model = stages_of(tmp_path)
     assert (model.sampler.settings, model.special_tokens.eos) == (asked, (END, PAD))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "sdar"])
+def test_truncation_is_in_the_graph_and_among_the_settings_or_in_neither(
+    model_type: str, tmp_path: Path
+) -> None:
+    dense_checkpoints.write(tmp_path, model_type)
+    checkpoint = open_checkpoint(tmp_path)
+    for truncation in (None, False, True):
+        staged = stage_model(checkpoint, truncation=truncation)
+        (head,) = (stage.module for stage in staged.stages if stage.name == "head")
+        assert head.truncation == bool(truncation)
+        session = open_eager_session(staged)
+        if truncation:
+            assert session.settings_with({"top_p": 0.5}).top_p == 0.5
+        else:
+            with pytest.raises(InputError, match=r"no setting top_p.*export it with --truncation"):
+                session.settings_with({"top_p": 0.5})
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])

@@ -25,7 +25,7 @@ FAMILIES = {
     "llada": "export.models.dense_stages",
     "sdar": "export.models.dense_stages",
 }
-"""Each module has `stage_model(checkpoint, *, maximum_context, experts) -> StagedModel`."""
+"""Each module has `stage_model(checkpoint, *, maximum_context, experts, truncation)`."""
 
 
 def stage_model(
@@ -33,6 +33,7 @@ def stage_model(
     *,
     maximum_context: int | None = None,
     experts: Literal["auto", "dense", "gather"] = "auto",
+    truncation: bool | None = None,
 ) -> Any:
     """Build a checkpoint's stages with its weights loaded.
 
@@ -40,6 +41,8 @@ def stage_model(
         checkpoint: fp32 or int4.
         maximum_context: positions of the KV cache, canvas included; None: the family's default.
         experts: how a mixture of experts is computed; `auto` takes the cheaper by estimate.
+        truncation: whether top-p and top-k are in the graph of the head, which costs time and
+            memory; None: if the checkpoint's own settings use them.
 
     Returns:
         A `export.staging.StagedModel`.
@@ -54,4 +57,6 @@ def stage_model(
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = import_module(FAMILIES[model_type])
-    return family.stage_model(checkpoint, maximum_context=maximum_context, experts=experts)
+    return family.stage_model(
+        checkpoint, maximum_context=maximum_context, experts=experts, truncation=truncation
+    )

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from export.bundle import SpecialTokens
+from export.bundle import Sampler, SpecialTokens
 from quantize.errors import CheckpointError, InputError
+
+TRUNCATION = ("top_p", "top_k")
 
 
 def checked_settings(settings: Callable[..., Any], found: Mapping[str, Any]) -> dict[str, float]:
@@ -40,6 +42,22 @@ def autoregressive_settings(generation_config: Mapping[str, Any]) -> dict[str, f
         found = {"temperature": 1.0}
         found |= {name: value for name, value in stated.items() if value is not None}
     return checked_settings(AutoregressiveSettings, found)
+
+
+def truncated_sampler(name: str, settings: dict[str, float], truncation: bool | None) -> Sampler:
+    """A sampler that can have top-p and top-k in its graph; they are settings only if it has.
+
+    `truncation`: whether it has them; None: if `settings` use them.
+    """
+    if truncation is None:
+        truncation = settings["top_p"] < 1.0 or settings["top_k"] > 0
+    left_out = () if truncation else TRUNCATION
+    return Sampler(name, {k: v for k, v in settings.items() if k not in left_out})
+
+
+def truncates(sampler: Sampler) -> bool:
+    """Whether top-p and top-k are in the sampler's graph."""
+    return set(TRUNCATION) <= sampler.settings.keys()
 
 
 def special_tokens(*sections: Mapping[str, Any]) -> SpecialTokens:

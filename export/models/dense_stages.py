@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
-from export.models.defaults import autoregressive_settings, checked_settings
+from export.models.defaults import (
+    autoregressive_settings,
+    checked_settings,
+    truncated_sampler,
+    truncates,
+)
 from export.models.dense_decoder import DenseConfig, build_layers
 from export.staging import StagedModel, StageModule, block_layers_stage
 from quantize.checkpoint import Checkpoint
@@ -117,6 +122,7 @@ def stage_model(
     *,
     maximum_context: int | None,
     experts: Literal["auto", "dense", "gather"],
+    truncation: bool | None,
 ) -> StagedModel:
     """Build the two stages; see `export.models.stage_model`. There are no experts to choose for."""
     config = DenseConfig.from_checkpoint_config(checkpoint.config)
@@ -125,11 +131,11 @@ def stage_model(
     tokens = AddedTokens(checkpoint.folder)
     if family is None:
         decoding, context, canvas, sampler, notes = _autoregressive(
-            checkpoint, config, maximum_context
+            checkpoint, config, maximum_context, truncation
         )
     else:
         decoding, context, canvas, sampler, notes = _masked(
-            checkpoint, config, family, tokens, maximum_context
+            checkpoint, config, family, tokens, maximum_context, truncation
         )
     end_names = () if family is None else family.end_names
     special = _special_tokens(checkpoint, config, end_names, tokens)
@@ -151,7 +157,7 @@ def stage_model(
         experts=Experts(),
         stages=(
             block_layers_stage(layers, decoding.prefill_length),
-            _head_stage(checkpoint, config, decoding, canvas),
+            _head_stage(checkpoint, config, decoding, canvas, truncates(sampler)),
         ),
         notes=(*notes, *unused, *_folder_notes(checkpoint)),
         decoding=decoding,
@@ -159,15 +165,21 @@ def stage_model(
 
 
 def _head_stage(
-    checkpoint: Checkpoint, config: DenseConfig, decoding: Decoding, canvas: int
+    checkpoint: Checkpoint,
+    config: DenseConfig,
+    decoding: Decoding,
+    canvas: int,
+    truncation: bool,
 ) -> StageModule:
     from export.token_head import autoregressive_head_stage, masked_head_stage
 
     table = checkpoint.get(config.head_name(checkpoint))
     rows, hidden = decoding.prefill_length, config.hidden_size
     if decoding.mask_token is None:
-        return autoregressive_head_stage(table, rows, hidden)
-    return masked_head_stage(table, rows, canvas, hidden, mask_token=decoding.mask_token)
+        return autoregressive_head_stage(table, rows, hidden, truncation=truncation)
+    return masked_head_stage(
+        table, rows, canvas, hidden, mask_token=decoding.mask_token, truncation=truncation
+    )
 
 
 _Parts = tuple[Decoding, int, int, Sampler, list[str]]
@@ -175,12 +187,16 @@ _Parts = tuple[Decoding, int, int, Sampler, list[str]]
 
 
 def _autoregressive(
-    checkpoint: Checkpoint, config: DenseConfig, maximum_context: int | None
+    checkpoint: Checkpoint,
+    config: DenseConfig,
+    maximum_context: int | None,
+    truncation: bool | None,
 ) -> _Parts:
     context = _context(config, maximum_context, DEFAULT_CONTEXT, 1)
     settings = autoregressive_settings(checkpoint.generation_config)
     decoding = Decoding(prefill_length=min(PREFILL_LENGTH, context), block_length=1, shift=1)
-    return decoding, context, 1, Sampler("autoregressive", settings), []
+    sampler = truncated_sampler("autoregressive", settings, truncation)
+    return decoding, context, 1, sampler, []
 
 
 def _masked(
@@ -189,6 +205,7 @@ def _masked(
     family: MaskedFamily,
     tokens: AddedTokens,
     maximum_context: int | None,
+    truncation: bool | None,
 ) -> _Parts:
     from export.masked_diffusion import MaskedDiffusionSettings
 
@@ -213,7 +230,8 @@ def _masked(
         mask_token=_mask_token(checkpoint, config, family, tokens),
     )
     notes = [EXACT_CACHE if block else APPROXIMATE_CACHE]
-    return decoding, context, canvas, Sampler("masked", settings), notes
+    sampler = truncated_sampler("masked", settings, truncation)
+    return decoding, context, canvas, sampler, notes
 
 
 def _context(

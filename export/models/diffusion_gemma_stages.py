@@ -32,9 +32,14 @@ def stage_model(
     *,
     maximum_context: int | None,
     experts: Literal["auto", "dense", "gather"],
+    truncation: bool | None,
 ) -> StagedModel:
     """Build the two stages; see `export.models.stage_model`."""
     config = DiffusionGemmaConfig.from_checkpoint_config(checkpoint.config)
+    if truncation:
+        raise CheckpointError(
+            "the sampler of diffusion_gemma has no top-p and top-k; leave out --truncation"
+        )
     canvas, hidden = config.canvas_length, config.hidden_size
     if maximum_context is None:
         maximum_context = min(DEFAULT_CANVASES * canvas, config.max_positions)

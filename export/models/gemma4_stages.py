@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from export.bundle import Decoding, Experts, ModelInfo, Sampler
-from export.models.defaults import autoregressive_settings, special_tokens
+from export.bundle import Decoding, Experts, ModelInfo
+from export.models.defaults import (
+    autoregressive_settings,
+    special_tokens,
+    truncated_sampler,
+    truncates,
+)
 from export.models.gemma4 import (
     WRAPPER_TYPE,
     Gemma4Config,
@@ -27,6 +32,7 @@ def stage_model(
     *,
     maximum_context: int | None,
     experts: Literal["auto", "dense", "gather"],
+    truncation: bool | None,
 ) -> StagedModel:
     """Build the two stages; see `export.models.stage_model`. There are no experts to choose for."""
     # Imported here: it imports torchao, which refusals of a config should not wait for.
@@ -52,6 +58,8 @@ def stage_model(
         )
     whole = checkpoint.config
     text = whole["text_config"] if whole["model_type"] == WRAPPER_TYPE else whole
+    settings = autoregressive_settings(checkpoint.generation_config)
+    sampler = truncated_sampler("autoregressive", settings, truncation)
     return StagedModel(
         info=ModelInfo(
             family="gemma4",
@@ -62,7 +70,7 @@ def stage_model(
             maximum_context=maximum_context,
         ),
         style="autoregressive",
-        sampler=Sampler("autoregressive", autoregressive_settings(checkpoint.generation_config)),
+        sampler=sampler,
         special_tokens=special_tokens(checkpoint.generation_config, whole, text),
         experts=Experts(),
         stages=(
@@ -71,6 +79,7 @@ def stage_model(
                 checkpoint.get(config.head_table),
                 prefill,
                 config.hidden_size,
+                truncation=truncates(sampler),
                 soft_cap=config.soft_cap,
             ),
         ),

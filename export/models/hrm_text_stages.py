@@ -6,8 +6,13 @@ from typing import Literal
 
 import torch
 
-from export.bundle import Call, Decoding, Experts, ModelInfo, Sampler
-from export.models.defaults import autoregressive_settings, special_tokens
+from export.bundle import Call, Decoding, Experts, ModelInfo
+from export.models.defaults import (
+    autoregressive_settings,
+    special_tokens,
+    truncated_sampler,
+    truncates,
+)
 from export.models.hrm_text import (
     EMBEDDING_NAME,
     HEAD_NAME,
@@ -33,6 +38,7 @@ def stage_model(
     *,
     maximum_context: int | None,
     experts: Literal["auto", "dense", "gather"],
+    truncation: bool | None,
 ) -> StagedModel:
     """Build the four stages; see `export.models.stage_model`. There are no experts to compute."""
     from export.token_head import autoregressive_head_stage
@@ -64,6 +70,8 @@ def stage_model(
             dynamic={"high": {1: "tokens"}, "low": {1: "tokens"}},
         )
 
+    settings = autoregressive_settings(checkpoint.generation_config)
+    sampler = truncated_sampler("autoregressive", settings, truncation)
     return StagedModel(
         info=ModelInfo(
             family="hrm_text",
@@ -74,7 +82,7 @@ def stage_model(
             maximum_context=context,
         ),
         style="autoregressive",
-        sampler=Sampler("autoregressive", autoregressive_settings(checkpoint.generation_config)),
+        sampler=sampler,
         special_tokens=special_tokens(checkpoint.generation_config, checkpoint.config),
         experts=Experts(),
         stages=(
@@ -89,7 +97,12 @@ def stage_model(
             ),
             stack("low"),
             stack("high"),
-            autoregressive_head_stage(checkpoint.get(table_name), prefill, config.hidden_size),
+            autoregressive_head_stage(
+                checkpoint.get(table_name),
+                prefill,
+                config.hidden_size,
+                truncation=truncates(sampler),
+            ),
         ),
         notes=(
             *modules.notes,
