@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from export.bundle import ModelInfo
 from export.generation import Session
 from export.tokenizer import TextTokenizer
 from export.uniform_diffusion import UniformDiffusionSession, score
@@ -71,18 +72,19 @@ def evaluate(
 ) -> list[Tally]:
     """Solve every puzzle and score its right answer; a Tally per kind, then one for `all`.
 
-    Puzzle number n is generated with seed + n and corrupted by noise of its own, the same for every
-    model. The session's conversation is discarded. Raises InputError for an answer that is longer
-    than a canvas, and what `generate` raises.
+    Puzzle number n is answered as if it were alone, with seed + n, and corrupted by noise of its
+    own, the same for every model; each may take as many tokens as the longest answer does. Raises
+    InputError for an answer that is longer than a canvas, and what `generate` raises.
     """
+    max_new_tokens = room_for_answers(puzzles, tokenizer, session.info)
     by_kind: dict[str, list[tuple[bool, float | None, int]]] = {}
     for number, puzzle in enumerate(puzzles):
         if progress is not None:
             progress(number, len(puzzles), puzzle.kind)
         prompt = tokenizer.encode_prompt(puzzle.prompt)
         target = target_canvas(session, tokenizer, puzzle)
-        session.truncate(0)
-        result = session.generate(prompt, len(target), seed + number)
+        alone = type(session)(session.model, session.special_tokens, session.settings)
+        result = alone.generate(prompt, max_new_tokens, seed + number)
         is_right = is_exact(puzzle, tokenizer.decode(result.answer_tokens))
         loss = None
         if isinstance(session, UniformDiffusionSession):
@@ -92,6 +94,26 @@ def evaluate(
     tallies = [_tally(kind, rows) for kind, rows in sorted(by_kind.items())]
     every = [row for rows in by_kind.values() for row in rows]
     return [*tallies, _tally("all", every)] if every else []
+
+
+def room_for_answers(puzzles: Sequence[Puzzle], tokenizer: TextTokenizer, info: ModelInfo) -> int:
+    """New tokens, in whole canvases, that hold the longest answer and its end token.
+
+    Every puzzle gets as many, so that none is told the length of its answer. Raises InputError for
+    a text that the tokenizer cannot encode, and for a puzzle that does not fit in the context.
+    """
+    size = info.canvas_length
+    longest = max((len(tokenizer.encode(puzzle.answer)) for puzzle in puzzles), default=0) + 1
+    new_tokens = -(-longest // size) * size
+    for puzzle in puzzles:
+        prompt = len(tokenizer.encode_prompt(puzzle.prompt))
+        if prompt + new_tokens > info.maximum_context:
+            raise InputError(
+                f"the puzzle {puzzle.prompt!r} has {prompt} tokens and its answer needs up to "
+                f"{new_tokens}, the context holds {info.maximum_context}; export with a larger "
+                "--maximum-context"
+            )
+    return new_tokens
 
 
 def _tally(kind: str, rows: Sequence[tuple[bool, float | None, int]]) -> Tally:

@@ -1,4 +1,4 @@
-"""The Linux runner: one process that loads a bundle, generates once and tells how it went.
+"""The Linux runner: one process that loads a bundle, answers what is asked and tells how.
 
 `python -m export.runner REQUEST_FILE` leaves events.jsonl and result.json beside the request, as
 docs/runner.md says. Who writes the request and reads the rest is not known here.
@@ -10,6 +10,7 @@ import argparse
 import errno
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -30,7 +31,7 @@ from export.runner_protocol import (
     EXIT_FAILED,
     EXIT_OK,
     MAXIMUM_REQUEST_BYTES,
-    PROTOCOL,
+    PROTOCOLS,
     RESULT_FILE,
     FailureReason,
     RunnerProtocolError,
@@ -62,6 +63,16 @@ _OF_GENERATION = (
     "prompt_tokens", "prompt_ms", "encode_ms", "total_ms", "first_draft_ms", "first_commit_ms",
     "finish_reason", "tokens", "answer_tokens", "new_tokens",
 )  # fmt: skip
+_OF_AN_ANSWER = (
+    "prompt_tokens", "prompt_ms", "encode_ms", "total_ms", "first_draft_ms", "first_commit_ms",
+    "finish_reason", "answer_tokens", "new_tokens",
+)  # fmt: skip
+_TEXT_INTERVAL_S = 0.1
+"""Between two `text` events: each decodes the whole text, and a canvas may be one token."""
+_TEMPERATURE_INTERVAL_S = 1.0
+"""Between two readings of the thermal zones, which are files."""
+_SIGN_INTERVAL_S = 1.0
+"""Between two signs of life while several prompts are answered."""
 _RESERVED_BYTES = 4096
 """Held for the result, so that a full disk can still be told; a result without numbers fits."""
 _MAXIMUM_TEXT = 200_000
@@ -82,6 +93,22 @@ _NO_MEMORY = (
 
 class _Cancelled(Exception):
     pass
+
+
+class _Pace:
+    """Says when something that costs time is due again."""
+
+    def __init__(self, interval_s: float) -> None:
+        self.interval_s = interval_s
+        self._last_s = -math.inf
+
+    def is_due(self) -> bool:
+        """Whether the interval is over, and then begin another."""
+        now_s = time.monotonic()
+        if now_s - self._last_s < self.interval_s:
+            return False
+        self._last_s = now_s
+        return True
 
 
 class _Events:
@@ -122,6 +149,11 @@ class _Run:
         self.session: Session | None = None
         self.tokenizer: TextTokenizer | None = None
         self.tokens: list[int] = []
+        self.protocol = PROTOCOLS[0]
+        self.encodings = 0
+        self._text_pace = _Pace(_TEXT_INTERVAL_S)
+        self._temperature_pace = _Pace(_TEMPERATURE_INTERVAL_S)
+        self._sign_pace = _Pace(_SIGN_INTERVAL_S)
         self.limit_bytes: int | None = None
         self._sampler: subprocess.Popen[bytes] | None = None
         self.result = _empty_result()
@@ -134,24 +166,27 @@ class _Run:
         """The whole run but the result. Raises whatever ends it."""
         request = self.begin(request_file)
         bundle = self.check_bundle(request)
-        prompt = self.open_prompt(request, bundle)
+        prompts = self.open_prompts(request, bundle)
         self.import_libraries()
         self.load(request, bundle)
-        self.warm_up(request, prompt)
-        self.generate(request, prompt)
+        self.warm_up(request, prompts[0])
+        if request.prompts is None:
+            self.generate(request, prompts[0])
+        else:
+            self.answer_all(request, prompts)
 
     def begin(self, request_file: Path) -> RunRequest:
         request: RunRequest | RunnerProtocolError
         try:
             request = read_request(request_file)
-            run_id = request.run_id
+            run_id, self.protocol = request.run_id, request.protocol
         except RunnerProtocolError as error:
             request, run_id = error, _salvaged_run_id(request_file)
         versions = _versions()
-        self.result |= {"run_id": run_id, "versions": versions}
+        self.result |= {"protocol": self.protocol, "run_id": run_id, "versions": versions}
         self.events(
             "started",
-            protocol=PROTOCOL,
+            protocol=self.protocol,
             run_id=run_id,
             runner=RUNNER,
             pid=os.getpid(),
@@ -191,8 +226,8 @@ class _Run:
         self.result["delegation"] = delegation
         return bundle
 
-    def open_prompt(self, request: RunRequest, bundle: Bundle) -> list[int]:
-        """The prompt's tokens; opens the tokenizer, if the bundle has one."""
+    def open_prompts(self, request: RunRequest, bundle: Bundle) -> list[list[int]]:
+        """The tokens of each prompt; opens the tokenizer, if the bundle has one."""
         if bundle.manifest.tokenizer is not None or request.prompt_tokens is None:
             with self.timed("import_ms"):
                 import jinja2.sandbox  # noqa: F401
@@ -206,9 +241,10 @@ class _Run:
                     if bundle.manifest.tokenizer is None:
                         raise
                     raise BundleError(str(error)) from error
-                if request.prompt_text is not None:
-                    return self.tokenizer.encode_prompt(request.prompt_text)
-        return list(request.prompt_tokens or ())
+                texts = request.prompts or (request.prompt_text,)
+                if request.prompt_tokens is None:
+                    return [self.tokenizer.encode_prompt(text) for text in texts]
+        return [list(request.prompt_tokens)]
 
     def import_libraries(self) -> None:
         self.stop_if_cancelled()
@@ -253,9 +289,7 @@ class _Run:
         """A short answer of a session of its own, which leaves nothing behind."""
         if request.warmup_steps == 0:
             return
-        session = type(self.session)(
-            self.session.model, self.session.special_tokens, self.session.settings
-        )
+        session = self.new_session()
         with self.timed("warmup_ms"):
             session.generate(
                 prompt[: session.model.info.canvas_length],
@@ -267,20 +301,58 @@ class _Run:
         self.stop_if_cancelled()
         self.events("warmed_up", ms=self.result["warmup_ms"], steps=request.warmup_steps)
 
+    def new_session(self) -> Session:
+        """A conversation that knows nothing yet, with the model that is loaded."""
+        session = self.session
+        return type(session)(session.model, session.special_tokens, session.settings)
+
     def generate(self, request: RunRequest, prompt: Sequence[int]) -> None:
-        settings = self.session.settings_with(request.settings or {})
-        result = self.session.generate(
-            prompt,
-            request.max_new_tokens,
-            request.seed,
-            settings=settings,
-            force_steps=request.force_steps,
-            on_event=self.tell,
-            cancel=lambda: self.is_cancelled,
-        )
+        result = self.generate_one(self.session, request, prompt, request.seed, self.tell)
         self.keep(result)
         if result.finish_reason == "cancelled":
             self.stop_if_cancelled()
+
+    def answer_all(self, request: RunRequest, prompts: Sequence[Sequence[int]]) -> None:
+        """Each prompt by itself, as it would be answered alone; what is done stays if one fails."""
+        answers: list[dict[str, Any]] = []
+        self.result["answers"] = answers
+        for number, prompt in enumerate(prompts):
+            self.encodings = 0
+            seed = (request.seed + number) % 2**64
+            result = self.generate_one(
+                self.new_session(), request, prompt, seed, self.tell_sign_of_life
+            )
+            if result.finish_reason == "cancelled":
+                self.stop_if_cancelled()
+            answers.append(
+                {name: getattr(result, name) for name in _OF_AN_ANSWER}
+                | {
+                    "canvases": len(result.canvases),
+                    "steps": len(result.steps),
+                    "encodings": self.encodings,
+                    "text": self.tokenizer.decode(result.answer_tokens),
+                }
+            )
+            self.events("answer", done=number + 1, total=len(prompts), total_ms=result.total_ms)
+            self.tell_temperature()
+
+    def generate_one(
+        self,
+        session: Session,
+        request: RunRequest,
+        prompt: Sequence[int],
+        seed: int,
+        listener: Callable[[Event], None],
+    ) -> GenerationResult:
+        return session.generate(
+            prompt,
+            request.max_new_tokens,
+            seed,
+            settings=session.settings_with(request.settings or {}),
+            force_steps=request.force_steps,
+            on_event=listener,
+            cancel=lambda: self.is_cancelled,
+        )
 
     def keep(self, result: GenerationResult) -> None:
         self.result |= {name: getattr(result, name) for name in _OF_GENERATION}
@@ -326,8 +398,17 @@ class _Run:
                     is_last=event.is_last,
                 )
                 self.tokens += tokens
-                self.tell_text(special.eos)
+                if event.is_last or self._text_pace.is_due():
+                    self.tell_text(special.eos)
                 self.tell_temperature()
+
+    def tell_sign_of_life(self, event: Event) -> None:
+        """Of several prompts: count the passes, and tell little of each."""
+        from export.generation import CanvasDenoised, PromptEncoded
+
+        self.encodings += isinstance(event, PromptEncoded)
+        if isinstance(event, PromptEncoded | CanvasDenoised) and self._sign_pace.is_due():
+            self.tell(event)
 
     def tell_text(self, eos: Sequence[int]) -> None:
         if self.tokenizer is None:
@@ -338,6 +419,8 @@ class _Run:
             self.events("text", text=text)
 
     def tell_temperature(self) -> None:
+        if not self._temperature_pace.is_due():
+            return
         zones = read_temperatures(self.thermal_folder)
         if zones:
             self.events("temperature", zones=zones)
@@ -440,7 +523,7 @@ def read_temperatures(folder: Path = THERMAL_FOLDER) -> dict[str, float]:
 
 def _empty_result() -> dict[str, Any]:
     return {
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOLS[0],
         "run_id": None,
         "status": "failed",
         "failure": None,
@@ -565,7 +648,7 @@ def _finish(current: _Run, folder: Path, failure: dict[str, str] | None) -> dict
         _write_result(folder, current.result | {"status": status, "failure": failure})
     except (OSError, RunnerProtocolError) as error:
         failure = failure or _failure(error, current.limit_bytes)
-        kept = {name: current.result[name] for name in ("run_id", "versions")}
+        kept = {name: current.result[name] for name in ("protocol", "run_id", "versions")}
         _write_result(folder, _empty_result() | kept | {"failure": failure})
     return failure
 

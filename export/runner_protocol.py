@@ -18,8 +18,11 @@ from typing import Any, Literal
 
 from quantize.errors import DeviceError
 
-PROTOCOL = 1
-"""The version spoken here."""
+PROTOCOL = 2
+"""The newest version spoken here: 2 has requests of several prompts."""
+
+PROTOCOLS = (1, 2)
+"""Every version spoken here: a request has the oldest that can say it, what it leaves the same."""
 
 REQUEST_FILE = "request.json"
 EVENTS_FILE = "events.jsonl"
@@ -43,6 +46,7 @@ EVENTS = frozenset(
         "step",
         "canvas",
         "text",
+        "answer",
         "memory",
         "temperature",
         "done",
@@ -65,9 +69,10 @@ class RunnerProtocolError(DeviceError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What one run is to do; exactly one of `prompt_text` and `prompt_tokens` is given.
+    """What one run is to do; one of `prompt_text`, `prompt_tokens` and `prompts` is given.
 
-    `bundle` is an absolute folder on the device. Fields as in docs/runner.md.
+    prompts: texts that are answered one after the other, each as if it were alone. `bundle` is an
+    absolute folder on the device. Fields as in docs/runner.md.
     """
 
     run_id: str
@@ -75,6 +80,7 @@ class RunRequest:
     max_new_tokens: int
     prompt_text: str | None = None
     prompt_tokens: tuple[int, ...] | None = None
+    prompts: tuple[str, ...] | None = None
     bundle_sha256: str | None = None
     verify: bool = False
     threads: int | None = None
@@ -86,16 +92,26 @@ class RunRequest:
     memory_interval_ms: int | None = None
     memory_limit_bytes: int | None = None
 
+    @property
+    def protocol(self) -> int:
+        """The oldest version that can say this."""
+        return 1 if self.prompts is None else 2
+
     def to_json(self) -> dict[str, Any]:
         """The request as it stands in request.json. Raises RunnerProtocolError if not valid."""
-        document: dict[str, Any] = {"protocol": PROTOCOL} | asdict(self)
+        document: dict[str, Any] = {"protocol": self.protocol} | asdict(self)
         text, tokens = document.pop("prompt_text"), document.pop("prompt_tokens")
-        if (text is None) == (tokens is None):
+        prompts = document.pop("prompts")
+        given = sum(prompt is not None for prompt in (text, tokens, prompts))
+        if given != 1:
             raise RunnerProtocolError(
-                "a request needs a prompt as text or as tokens, one of the two; "
-                f"{'none was' if text is None else 'both were'} given"
+                "a request needs a prompt as text or as tokens, or several texts, one of these; "
+                f"{('none was', '', 'two were', 'all were')[given]} given"
             )
-        document["prompt"] = {"text": text} if tokens is None else {"tokens": list(tokens)}
+        if prompts is not None:
+            document["prompts"] = list(prompts)
+        else:
+            document["prompt"] = {"text": text} if tokens is None else {"tokens": list(tokens)}
         if self.settings is not None:
             document["settings"] = dict(self.settings)
         _check("request", document, "the request")
@@ -116,11 +132,12 @@ class RunRequest:
         """A request from a document that the schema accepts."""
         fields = dict(document)
         del fields["protocol"]
-        prompt = fields.pop("prompt")
+        prompt, prompts = fields.pop("prompt", {}), fields.pop("prompts", None)
         tokens = prompt.get("tokens")
         return cls(
             prompt_text=prompt.get("text"),
             prompt_tokens=None if tokens is None else tuple(int(token) for token in tokens),
+            prompts=None if prompts is None else tuple(prompts),
             **fields,
         )
 
@@ -282,7 +299,7 @@ def _check_version(document: Mapping[str, Any], where: str, reader: str) -> None
             f"{where} has the protocol version {version}, this {reader} speaks {PROTOCOL}; "
             f"update the {reader}"
         )
-    if version < PROTOCOL:
+    if version not in PROTOCOLS:
         raise RunnerProtocolError(
             f"{where} has the protocol version {version}, this {reader} speaks {PROTOCOL}; "
             f"update the {'host' if reader == 'runner' else 'runner'}"

@@ -133,6 +133,15 @@ def generate(kind: str, count: int, seed: int, split: Split = "train") -> list[P
     return list(itertools.islice(stream(kind, seed, split), count))
 
 
+def held_out(count: int, seed: int) -> list[Puzzle]:
+    """Return `count` held-out puzzles of each kind, kind by kind: what models are measured on.
+
+    Raises:
+        ValueError: the count is negative.
+    """
+    return [puzzle for kind in KINDS for puzzle in generate(kind, count, seed, "held_out")]
+
+
 def is_exact(puzzle: Puzzle, text: str) -> bool:
     """Say whether a generated text, white space around it apart, is exactly the answer."""
     return text.strip() == puzzle.answer

@@ -248,7 +248,7 @@ def test_says_what_is_wrong_with_the_input(
         (b"{", None, "not valid JSON"),
         (b'{"protocol": 1, "run_id": "../x"}', None, "breaks the runner protocol"),
         (b'{"protocol": 1, "run_id": "a.b", "colour": 1}', "a.b", "breaks the runner protocol"),
-        (b'{"protocol": 2, "run_id": "a.b"}', "a.b", "update the runner"),
+        (b'{"protocol": 3, "run_id": "a.b"}', "a.b", "update the runner"),
     ],
 )
 def test_a_request_that_cannot_be_read_leaves_a_result(
@@ -457,17 +457,82 @@ def test_temperatures_of_the_zones_that_can_be_read(tmp_path: Path) -> None:
     assert read_temperatures(tmp_path / "missing") == {}
 
 
-def test_temperatures_are_told_at_load_and_after_each_canvas(
-    folder: Path, toy_bundle: Path, tmp_path: Path
+def test_temperatures_are_told_at_load_and_then_at_their_pace(
+    folder: Path, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zone = tmp_path / "thermal" / "thermal_zone0"
     zone.mkdir(parents=True)
     (zone / "type").write_text("soc")
     (zone / "temp").write_text("30000")
-    assert run(write_request(folder, toy_bundle), zone.parent) == 0
+
+    def told(interval_s: float) -> tuple[int, int]:
+        """Temperatures and canvases of a run."""
+        monkeypatch.setattr("export.runner._TEMPERATURE_INTERVAL_S", interval_s)
+        own = tmp_path / f"every {interval_s}"
+        own.mkdir()
+        # The two canvases that fit, whatever the model answers.
+        request = write_request(own, toy_bundle, force_steps=1, settings={"entropy_bound": 9.0})
+        assert run(request, zone.parent) == 0
+        events, result = read_back(own)
+        zones = [e["zones"] for e in events if e["event"] == "temperature"]
+        assert zones == [{"soc": 30.0}] * len(zones)
+        return len(zones), len(result["canvases"])
+
+    often, canvases = told(0.0)
+    assert often == 1 + canvases
+    assert told(3600.0) == (1, canvases)
+
+
+def test_the_text_is_told_at_its_pace_and_at_the_end(
+    folder: Path, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.runner._TEXT_INTERVAL_S", 3600.0)
+    assert run(write_request(folder, toy_bundle, max_new_tokens=30, seed=3)) == 0
     events, result = read_back(folder)
-    told = [e["zones"] for e in events if e["event"] == "temperature"]
-    assert told == [{"soc": 30.0}] * (1 + len(result["canvases"]))
+    texts = [e["text"] for e in events if e["event"] == "text"]
+    assert len(texts) <= 2 and texts[-1] == result["text"]
+
+
+PROMPTS = ("hello", "world", "a")
+
+
+def test_each_of_several_prompts_is_answered_as_if_it_were_alone(
+    folder: Path, toy_bundle: Path
+) -> None:
+    request = write_request(
+        folder, toy_bundle, prompt_tokens=None, prompts=PROMPTS, seed=2**64 - 2, warmup_steps=1
+    )
+    assert run(request) == 0
+    events, result = read_back(folder)
+    assert (result["protocol"], events[0]["protocol"]) == (2, 2)
+    assert len([e for e in events if e["event"] == "loaded"]) == 1
+    assert [(e["done"], e["total"]) for e in events if e["event"] == "answer"] == [
+        (1, 3), (2, 3), (3, 3),
+    ]  # fmt: skip
+    assert result["tokens"] is None and result["text"] is None and result["total_ms"] is None
+    bundle = open_bundle(toy_bundle)
+    tokenizer = open_tokenizer(bundle)
+    session = open_session(bundle, 1)
+    for number, (text, answer) in enumerate(zip(PROMPTS, result["answers"], strict=True)):
+        prompt = tokenizer.encode_prompt(text)
+        alone = type(session)(session.model, session.special_tokens, session.settings)
+        expected = alone.generate(prompt, 12, (2**64 - 2 + number) % 2**64)
+        assert tuple(answer["answer_tokens"]) == expected.answer_tokens
+        assert answer["text"] == tokenizer.decode(expected.answer_tokens)
+        assert answer["steps"] == len(expected.steps)
+        assert answer["canvases"] == len(expected.canvases)
+        assert answer["new_tokens"] == expected.new_tokens
+        # A prompt of up to six tokens is one pass, each committed canvas but the last another.
+        assert answer["encodings"] == -(-len(prompt) // 6) + len(expected.canvases) - 1
+        assert 0 < answer["first_commit_ms"] <= answer["total_ms"]
+
+
+def test_a_prompt_among_several_that_cannot_be_is_refused_before_loading(
+    folder: Path, toy_bundle: Path
+) -> None:
+    request = {"prompt_tokens": None, "prompts": ("hello", "1+1")}
+    assert "no token for '1'" in expect_failure(folder, toy_bundle, "input", **request)
+    assert read_back(folder)[1]["load_ms"] is None
 
 
 def test_a_bundle_without_a_tokenizer_takes_tokens_and_gives_no_text(

@@ -60,6 +60,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "canvas": {"canvas": 0, "steps": 3, "new_tokens": 6, "is_last": True},
     "text": {"text": "hello"},
+    "answer": {"done": 1, "total": 3, "total_ms": 7.5},
     "memory": MEMORY,
     "temperature": {"zones": {"cpu-0": 41.5}},
     "done": {},
@@ -152,11 +153,34 @@ def test_importing_it_needs_no_torch() -> None:
             seed=2**64 - 1, force_steps=8, settings={"t_min": 0.25}, memory_interval_ms=50,
             memory_limit_bytes=2**33,
         ),
+        RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("hä?", "a")),
     ],
 )  # fmt: skip
 def test_a_request_survives_the_way(request_: RunRequest, tmp_path: Path) -> None:
     (tmp_path / "request.json").write_bytes(request_.to_bytes())
     assert read_request(tmp_path / "request.json") == request_
+
+
+def test_a_request_has_the_oldest_version_that_can_say_it() -> None:
+    several = RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("a",))
+    assert REQUEST.to_json()["protocol"] == 1, "what spoke version 1 still understands it"
+    assert several.to_json()["protocol"] == 2
+    for document in (REQUEST.to_json() | {"prompts": ["a"]}, several.to_json() | {"protocol": 1}):
+        with pytest.raises(RunnerProtocolError, match="breaks the runner protocol"):
+            parse_request(encoded(document))
+
+
+def test_answers_are_checked() -> None:
+    answer = {
+        "prompt_tokens": 3, "prompt_ms": 1.0, "encode_ms": 0.0, "total_ms": 9.0,
+        "first_draft_ms": 2.0, "first_commit_ms": 8.0, "finish_reason": "eos", "canvases": 1,
+        "steps": 4, "encodings": 1, "answer_tokens": [4], "new_tokens": 2, "text": "a",
+    }  # fmt: skip
+    several = RESULT | {"protocol": 2, "answers": [answer]}
+    assert parse_result(encoded(several))["answers"] == [answer]
+    for name in answer:
+        with pytest.raises(RunnerProtocolError, match=r"answers\.0"):
+            parse_result(encoded(several | {"answers": [answer | {name: [None]}]}))
 
 
 def test_what_a_request_leaves_out_has_a_default() -> None:
@@ -290,13 +314,13 @@ def test_a_failed_result_may_have_no_numbers() -> None:
 
 def test_a_newer_protocol_asks_for_an_update_of_whoever_reads() -> None:
     for content, parse in (
-        (line("started", protocol=2), parse_event),
-        (encoded({"protocol": 2}), parse_result),
+        (line("started", protocol=3), parse_event),
+        (encoded({"protocol": 3}), parse_result),
     ):
-        with pytest.raises(RunnerProtocolError, match=r"version 2.*update the host"):
+        with pytest.raises(RunnerProtocolError, match=r"version 3.*update the host"):
             parse(content)
-    with pytest.raises(RunnerProtocolError, match=r"version 2.*update the runner"):
-        parse_request(encoded({"protocol": 2, "new": 1}))
+    with pytest.raises(RunnerProtocolError, match=r"version 3.*update the runner"):
+        parse_request(encoded({"protocol": 3, "new": 1}))
 
 
 def test_what_is_too_large_is_refused_unread() -> None:
