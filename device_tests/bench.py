@@ -34,6 +34,7 @@ from export import philox
 from export.bundle import Bundle, Manifest
 from export.runner_protocol import RunnerProtocolError, RunRequest
 from quantize.errors import DeviceError, InputError
+from quantize.puzzles import Puzzle, held_out, is_exact
 
 PROMPT_STREAM = 2
 """Philox stream of random prompts; the sampler's are 0 and 1."""
@@ -41,6 +42,7 @@ PROMPT_STREAM = 2
 DEFAULT_PROMPT_TOKENS = 32
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_STEPS = 16
+DEFAULT_PUZZLE_RUNS = 3
 
 _ENDING: frozenset[Reason] = frozenset(
     {"device_gone", "runner_missing", "bundle_refused", "storage_full"}
@@ -62,6 +64,8 @@ class BenchPlan:
 
     cold: the bundle is loaded from storage. warm_up: as speed, kept apart. speed: a fixed number of
     steps. natural: as many steps as the sampler takes. memory: as speed, memory sampled beside it.
+    puzzles: `puzzles` held-out puzzles of each kind, answered one by one in one process, graded on
+    the host; only if their number is given, and then three times by default.
 
     threads: None is the runtime's choice. prompt_text: for the natural pass (of a bundle with a
     tokenizer); every other prompt is `prompt_tokens` random tokens, by default 32 or what fits.
@@ -92,8 +96,15 @@ class BenchPlan:
     gone_s: float = 60.0
     memory_interval_ms: int = 50
     memory_limit_bytes: int | None = None
+    puzzles: int | None = None
 
     def __post_init__(self) -> None:
+        if self.puzzles is not None:
+            _whole("puzzles", self.puzzles, 1, 10_000)
+            passes = {"puzzles": DEFAULT_PUZZLE_RUNS} | dict(self.passes)
+            object.__setattr__(self, "passes", passes)
+        elif self.passes.get("puzzles"):
+            raise InputError("the pass puzzles has no puzzles; say how many of each kind")
         for name, count in self.passes.items():
             if name not in PASSES:
                 raise InputError(f"there is no pass {name!r}; give some of {', '.join(PASSES)}")
@@ -239,7 +250,7 @@ def bench(
     device cannot be asked in the beginning.
     """
     results = Path(results)
-    workloads = {name: workload(plan, name, bundle.manifest) for name in PASSES}
+    workloads, puzzles = prepare(plan, bundle)
     records.prepare(results)
     earlier = records.read(results)
     bench_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -250,12 +261,42 @@ def bench(
         runs = [r for r in planned if _key(r.threads, r.pass_, r.repeat, workloads) not in done]
         work = _Bench(
             transport, bundle, deployment, runner, plan, results, lock, device, workloads,
-            on_event or (lambda _: None), len(runs),
+            puzzles, on_event or (lambda _: None), len(runs),
         )  # fmt: skip
         skipped = len(planned) - len(runs)
         work.tell(BenchStarted(bench_id, device, len(runs), skipped, lock.note))
         ended_early = work.make(runs)
     return BenchOutcome(bench_id, tuple(work.written), skipped, ended_early)
+
+
+def prepare(
+    plan: BenchPlan, bundle: Bundle
+) -> tuple[dict[Pass, dict[str, Any]], tuple[Puzzle, ...]]:
+    """The workload of each pass as a record has it, and the puzzles if there are to be some.
+
+    Raises InputError for what does not fit the model, and for puzzles for a bundle that has no
+    tokenizer, or one that cannot write them.
+    """
+    names = [name for name in PASSES if name != "puzzles"]
+    workloads = {name: workload(plan, name, bundle.manifest) for name in names}
+    if plan.puzzles is None:
+        return workloads, ()
+    from export.evaluation import room_for_answers
+    from export.tokenizer import open_tokenizer
+
+    puzzles = tuple(held_out(plan.puzzles, plan.seed))
+    try:
+        tokenizer = open_tokenizer(bundle)
+        new_tokens = room_for_answers(puzzles, tokenizer, bundle.manifest.model)
+    except InputError as error:
+        raise InputError(f"puzzles cannot be asked: {error}; or leave out --puzzles") from error
+    workloads["puzzles"] = workloads["natural"] | {
+        "prompt_tokens": None,
+        "prompt_text": None,
+        "max_new_tokens": new_tokens,
+        "puzzles": plan.puzzles,
+    }
+    return workloads, puzzles
 
 
 def workload(plan: BenchPlan, name: Pass, manifest: Manifest) -> dict[str, Any]:
@@ -347,6 +388,7 @@ class _Bench:
         lock: DeviceLock,
         device: conditions.Device,
         workloads: Mapping[Pass, dict[str, Any]],
+        puzzles: Sequence[Puzzle],
         tell: Callable[[BenchEvent], None],
         runs: int,
     ) -> None:
@@ -359,6 +401,7 @@ class _Bench:
         self.lock = lock
         self.device = device
         self.workloads = workloads
+        self.puzzles = puzzles
         self.tell = tell
         self.runs = runs
         self.written: list[Record] = []
@@ -404,7 +447,7 @@ class _Bench:
                     RunStarted(run, run_id, number, self.runs, self._eta_s(self.runs - number + 1))
                 )
                 outcome = self._run(run, run_id, gate, samples)
-                failure = outcome.failure
+                failure = outcome.failure or self._missing_answers(run, outcome)
         except DeviceBusy:
             raise  # the lock is another benchmark's now
         except DeviceError as error:
@@ -428,10 +471,33 @@ class _Bench:
             "steps": [e for e in outcome.events if e["event"] == "step"],
             "metrics": {},
         }
+        if run.pass_ == "puzzles" and failure is None:
+            record["puzzles"] = self._graded(outcome.result["answers"])
         # Imported here: the table of metrics brings libraries that a start need not wait for.
         from device_tests import metrics
 
         return record | {"metrics": metrics.compute(record)}
+
+    def _missing_answers(self, run: PlannedRun, outcome: RunOutcome) -> Failure | None:
+        """A failure if not every puzzle has its answer."""
+        if run.pass_ != "puzzles":
+            return None
+        answers = outcome.result.get("answers") or ()
+        if len(answers) == len(self.puzzles):
+            return None
+        return Failure(
+            "internal",
+            f"the runner gave {len(answers)} answers to {len(self.puzzles)} puzzles; use a runner "
+            "and a host of one version",
+            {"answers": len(answers)},
+        )
+
+    def _graded(self, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The puzzles in their order, and whether each answer is right."""
+        return [
+            asdict(puzzle) | {"is_exact": is_exact(puzzle, answer["text"])}
+            for puzzle, answer in zip(self.puzzles, answers, strict=True)
+        ]
 
     def _wait_until_cool(self, run: PlannedRun, gate: _Gate) -> None:
         """Look at the hottest sensor until it is under the threshold, or the time is over."""
@@ -516,6 +582,7 @@ class _Bench:
     def _request(self, run: PlannedRun, run_id: str) -> RunRequest:
         work = self.workloads[run.pass_]
         count, text = work["prompt_tokens"], work["prompt_text"]
+        is_puzzles = run.pass_ == "puzzles"
         return RunRequest(
             run_id=run_id,
             bundle=self.deployment.remote_folder,
@@ -527,6 +594,7 @@ class _Bench:
             prompt_tokens=None
             if count is None
             else random_prompt(self.bundle.manifest, count, self.plan.seed),
+            prompts=tuple(puzzle.prompt for puzzle in self.puzzles) if is_puzzles else None,
             max_new_tokens=work["max_new_tokens"],
             seed=work["seed"],
             force_steps=work["force_steps"],

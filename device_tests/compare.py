@@ -21,8 +21,15 @@ from device_tests.configuration import (
     condition_of,
     leaves,
 )
-from device_tests.metrics import METRICS, Metric, percentile, value
-from device_tests.plain_text import markdown, plain
+from device_tests.metrics import (
+    METRICS,
+    Metric,
+    canvas_length,
+    percentile,
+    share_interval,
+    value,
+)
+from device_tests.plain_text import markdown, plain, quantity
 from quantize.errors import UserError
 
 MINIMUM_REPEATS = 3
@@ -32,11 +39,30 @@ NOMINAL_REPEATS = 6
 """With fewer, not even the whole range of the repeats holds the median in 95 % of cases: it does in
 1 - 2 * 0.5**n, which is 93.75 % for 5."""
 
+MINIMUM_PUZZLES = 10
+"""On each side, for an interval of the ratio of exact matches."""
+
 LEVEL = 0.95
 RESAMPLES = 9999
 _SEED = 20250117
 _NO_RATIO = ("°C", "mA")
 """Units in which twice as much is not twice the number, or a sign is only a convention."""
+
+FAMILY = "family"
+"""The name that `across` takes for two bundles of different families or styles of generation."""
+
+_OF_FAMILY = frozenset({"workload.force_steps", "workload.max_new_tokens"})
+"""Conditions that follow from the style: an autoregressive canvas is one token and one step."""
+
+_OF_TOKENS = {
+    "first_draft_ms": "Time to first token",
+    "step_ms": "Token",
+    "step_ms_p5": "Token, p5",
+    "step_ms_p95": "Token, p95",
+    "layers_ms": "Layers of a token",
+    "head_ms": "Head of a token",
+}
+"""What a metric of denoising is called where a step is one token; the others say nothing there."""
 
 Verdict = Literal["better", "worse", "higher", "lower", "equal", "unclear", "not known"]
 """How B stands to A; `unclear`: the interval holds 1, `equal`: it holds nothing else."""
@@ -48,15 +74,35 @@ class CompareRefused(UserError):
 
 @dataclass(frozen=True)
 class Side:
-    """What one side has of one metric: each repeat's number, and the failed runs of its passes."""
+    """What one side has of one metric: each repeat's number, and the failed runs of its passes.
+
+    trials: of a share, prompt and whether its answer is right; of the first repeat, since the
+    others answer the same with the same seed.
+    """
 
     repeats: tuple[float, ...]
     failed: int
+    trials: tuple[tuple[str, bool], ...] = ()
 
     @property
     def median(self) -> float | None:
         """Median over the repeats."""
         return percentile(self.repeats, 50)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of a share: the 95 % Wilson interval."""
+        return share_interval(self.trials)
+
+    def show(self, unit: str) -> str:
+        """The median with its unit, of a share also its interval."""
+        shown = quantity(self.median, unit)
+        if (interval := self.interval) is not None:
+            shown += " ({:.1f} to {:.1f})".format(*(100 * end for end in interval))
+        return shown
+
+
+_NOTHING = Side((), 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +110,8 @@ class Row:
     """One metric on both sides.
 
     ratio: median of B by median of A. interval: 95 %, None where there is none, and then `why` says
-    so. verdict: how B stands to A, told only where the interval excludes 1.
+    so. verdict: how B stands to A, told only where the interval excludes 1. style: where a metric
+    counts another thing on each side, the one that this row is about.
     """
 
     metric: Metric
@@ -74,6 +121,21 @@ class Row:
     interval: tuple[float, float] | None
     verdict: Verdict
     why: str = ""
+    style: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a person reads."""
+        if not self.style:
+            return self.metric.title
+        if self.style == "autoregressive":
+            return _OF_TOKENS[self.metric.name]
+        return f"{self.metric.title} ({self.style.replace('_diffusion', '')})"
+
+    @property
+    def name(self) -> str:
+        """What a program reads, different for every row."""
+        return f"{self.metric.name}, {self.style}" if self.style else self.metric.name
 
 
 @dataclass(frozen=True)
@@ -105,6 +167,13 @@ class Comparison:
     failed: tuple[int, int]
     failures: tuple[tuple[str, str, str, str], ...]
     """Side, run, reason and sentence of each run that failed."""
+    bundles: tuple[dict[str, Any], dict[str, Any]]
+    """What each side's bundle says of itself, its texts made plain."""
+
+    @property
+    def headings(self) -> tuple[str, str]:
+        """Of each side: name, family, style, size, recipe."""
+        return _heading(self.bundles[0]), _heading(self.bundles[1])
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,6 +200,16 @@ class Comparison:
             )
         if any(row.metric.unit in _NO_RATIO for row in self.rows):
             notes.append(f"no ratio is formed of {' and '.join(_NO_RATIO)}: it would mean nothing")
+        if any(row.a.trials and row.b.trials for row in self.rows):
+            notes.append(
+                "exact match: in brackets the 95 % Wilson interval of each side; its ratio's "
+                "interval resamples puzzles instead of repeats, the same ones on both sides"
+            )
+        if any(row.style for row in self.rows):
+            notes.append(
+                "a number in one column only counts what the other side's style of generation has "
+                "not: a denoising step and a token are no match"
+            )
         compared = sum(row.interval is not None for row in self.rows)
         if compared > 1:
             notes.append(
@@ -144,25 +223,27 @@ def compare(
 ) -> Comparison:
     """Set B beside A, metric by metric.
 
-    across: names of CONDITIONS that differ on purpose. Raises CompareRefused for a name that is
+    across: names of CONDITIONS that differ on purpose, or FAMILY: the bundle, and of the workload
+    what follows from its style of generation. Raises CompareRefused for a name that is
     not one, for a side without runs, and, naming each condition with both values, for any other
     condition that differs between the sides, and for any that differs within one.
     """
     a, b = list(records_a), list(records_b)
     across = tuple(across)
-    unknown = [name for name in across if name not in CONDITIONS]
+    unknown = [name for name in across if name not in (*CONDITIONS, FAMILY)]
     if unknown:
         raise CompareRefused(
             f"{', '.join(plain(name, 60) for name in unknown)} is no condition that may differ; "
-            f"the conditions are {', '.join(CONDITIONS)}"
+            f"the conditions are {', '.join(CONDITIONS)}, and {FAMILY} for two bundles of "
+            "different families or styles"
         )
     for name, records in (("A", a), ("B", b)):
         if not records:
             raise CompareRefused(f"{name} has no runs to compare; give a results file with some")
     differences = _differences(a, b)
-    refused = [found for found in differences if condition_of(found.leaf) not in across]
+    refused = [found for found in differences if not _is_on_purpose(found, across)]
     if refused:
-        names = sorted({condition_of(found.leaf) for found in refused})
+        names = _to_be_named(differences, across)
         raise CompareRefused(
             "the runs were made under different conditions: "
             f"{'; '.join(found.sentence for found in refused)}; choose runs that agree, or say "
@@ -174,7 +255,8 @@ def compare(
             "runs of one side were made under different conditions: "
             f"{'; '.join(found.sentence for found in mixed)}; choose those of one configuration"
         )
-    rows = tuple(row for metric in METRICS if (row := _row(metric, a, b)) is not None)
+    styles = _styles(a, b)
+    rows = tuple(row for metric in METRICS for row in _rows(metric, a, b, styles))
     return Comparison(
         rows,
         across,
@@ -188,7 +270,47 @@ def compare(
             for r in records
             if r["status"] != "ok"
         ),
+        (_bundle(a), _bundle(b)),
     )  # fmt: skip
+
+
+def _is_on_purpose(found: Difference, across: Sequence[str]) -> bool:
+    condition = condition_of(found.leaf)
+    of_family = condition == "bundle" or found.leaf in _OF_FAMILY
+    return condition in across or (FAMILY in across and of_family)
+
+
+def _to_be_named(differences: Sequence[Difference], across: Sequence[str]) -> list[str]:
+    """The names of `across` with which the comparison would be made: as little as it takes."""
+    others = {leaf for found in differences if (leaf := found.leaf) in _OF_FAMILY}
+    bundles_differ = any(condition_of(found.leaf) == "bundle" for found in differences)
+    is_family = others and bundles_differ and "workload" not in across
+    names = {*across} - {"bundle"} | {FAMILY} if is_family else {*across}
+    return sorted(
+        names | {condition_of(f.leaf) for f in differences if not _is_on_purpose(f, [*names])}
+    )
+
+
+def _bundle(records: Sequence[Record]) -> dict[str, Any]:
+    return plain_text.plain_tree(dict(records[0]["conditions"]["bundle"]))
+
+
+def _heading(bundle: dict[str, Any]) -> str:
+    recipe = bundle["recipe"] or "not quantized"
+    size = quantity(bundle["bytes"], "bytes")
+    named = (bundle["name"], bundle["family"], bundle["style"], size, recipe)
+    return ", ".join(plain(part, 60) for part in named)
+
+
+def _styles(a: Sequence[Record], b: Sequence[Record]) -> tuple[str, str] | None:
+    """What each side calls its steps, if they are not the same thing: style, or also its length."""
+    styles = [plain(side[0]["conditions"]["bundle"]["style"], 60) for side in (a, b)]
+    if styles[0] != styles[1]:
+        return styles[0], styles[1]
+    lengths = [max(map(canvas_length, side)) for side in (a, b)]
+    if lengths[0] == lengths[1] or not all(lengths):
+        return None
+    return tuple(f"{styles[0]}, canvas of {length}" for length in lengths)
 
 
 def _may_vary(found: Difference) -> bool:
@@ -250,18 +372,33 @@ def _show(leaf: str, values: dict[str, Any]) -> str:
     return " or ".join(text if len(text) <= 120 else text[:120] + "…" for text in shown) or "absent"
 
 
-def _row(metric: Metric, a: Sequence[Record], b: Sequence[Record]) -> Row | None:
+def _rows(
+    metric: Metric, a: Sequence[Record], b: Sequence[Record], styles: tuple[str, str] | None
+) -> list[Row]:
+    """One row, none without a number; one a side where the metric counts another thing on each."""
     sides = _side(metric, a), _side(metric, b)
+    if metric.is_of_style and styles is not None:
+        found = (
+            Row(metric, sides[0], _NOTHING, None, None, "not known", "only in A", styles[0]),
+            Row(metric, _NOTHING, sides[1], None, None, "not known", "only in B", styles[1]),
+        )
+        return [
+            row
+            for row in found
+            if (row.a.repeats or row.b.repeats)
+            and (row.style != "autoregressive" or metric.name in _OF_TOKENS)
+        ]
     if not any(side.repeats for side in sides):
-        return None
+        return []
     ratio, interval, why = _ratio(metric, *sides)
-    return Row(metric, *sides, ratio, interval, _verdict(metric, interval), why)
+    return [Row(metric, *sides, ratio, interval, _verdict(metric, interval), why)]
 
 
 def _side(metric: Metric, records: Sequence[Record]) -> Side:
-    numbers = [number for r in records if (number := value(metric, r)) is not None]
+    found = [(r, number) for r in records if (number := value(metric, r)) is not None]
     failed = sum(r["status"] != "ok" and r["pass"] in metric.passes for r in records)
-    return Side(tuple(numbers), failed)
+    trials = metric.trials(found[0][0]) if found and metric.trials is not None else ()
+    return Side(tuple(number for _, number in found), failed, tuple(trials))
 
 
 def _ratio(
@@ -275,11 +412,39 @@ def _ratio(
         if min(*a.repeats, *b.repeats) == max(*a.repeats, *b.repeats):
             return None, None, "all are 0"
         return None, None, "A is 0 or less"
+    if metric.trials is not None:
+        return _ratio_of_shares(a, b)
     ratio = b.median / a.median
     fewest = min(len(a.repeats), len(b.repeats))
     if fewest < MINIMUM_REPEATS:
         return ratio, None, "too few runs"
     return ratio, ratio_interval(a.repeats, b.repeats), ""
+
+
+def _ratio_of_shares(a: Side, b: Side) -> tuple[float | None, tuple[float, float] | None, str]:
+    ratio = b.median / a.median
+    if [prompt for prompt, _ in a.trials] != [prompt for prompt, _ in b.trials]:
+        return ratio, None, "other puzzles"
+    right = [[is_exact for _, is_exact in side.trials] for side in (a, b)]
+    if len(right[0]) < MINIMUM_PUZZLES:
+        return ratio, None, "too few puzzles"
+    return ratio, share_ratio_interval(*right), ""
+
+
+def share_ratio_interval(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of mean(b) / mean(a) over puzzles in pairs: number n
+    of both is the same puzzle."""
+    one, other = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    random = np.random.default_rng(_SEED)
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = random.integers(0, len(one), len(one))
+        base = one[drawn].sum()
+        # A resample without one right answer of A has no ratio: the interval is open there.
+        ratios.append(other[drawn].sum() / base if base else np.inf)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail], method="nearest")
+    return float(low), float(high)
 
 
 def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
@@ -317,9 +482,9 @@ def _verdict(metric: Metric, interval: tuple[float, float] | None) -> Verdict:
 def _cells(row: Row) -> tuple[str, ...]:
     interval = row.why if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
     return (
-        row.metric.title,
-        plain_text.quantity(row.a.median, row.metric.unit),
-        plain_text.quantity(row.b.median, row.metric.unit),
+        row.title,
+        row.a.show(row.metric.unit),
+        row.b.show(row.metric.unit),
         f"{_count(row.a)}, {_count(row.b)}",
         "-" if row.ratio is None else f"{row.ratio:.3f}",
         interval,
@@ -357,7 +522,11 @@ def to_rich(comparison: Comparison) -> Any:
     for row in comparison.rows:
         *cells, verdict = _cells(row)
         table.add_row(*map(Text, cells), Text(verdict, style=styles.get(row.verdict, "")))
-    shown: list[Any] = [Text(_summary(comparison))]
+    shown: list[Any] = [
+        Text(f"{side}: {heading}", style="bold")
+        for side, heading in zip("AB", comparison.headings, strict=True)
+    ]
+    shown.append(Text(_summary(comparison)))
     shown += [
         Text(f"on purpose: {found.sentence}", style="yellow") for found in comparison.differences
     ]
@@ -382,7 +551,11 @@ def to_text(comparison: Comparison, width: int = 100) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison as Markdown with tables."""
-    lines = [f"{_summary(comparison)}.", ""]
+    lines = [
+        f"- **{side}**: {markdown(heading)}"
+        for side, heading in zip("AB", comparison.headings, strict=True)
+    ]
+    lines += ["", f"{_summary(comparison)}.", ""]
     if comparison.differences:
         lines += ["| different on purpose | A | B |", "|---|---|---|"]
         for found in comparison.differences:
@@ -412,11 +585,17 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             {"condition": plain(found.leaf), "a": found.a, "b": found.b}
             for found in comparison.differences
         ],
-        "a": {"runs": comparison.runs[0], "failed": comparison.failed[0]},
-        "b": {"runs": comparison.runs[1], "failed": comparison.failed[1]},
+        **{
+            side: {
+                "runs": comparison.runs[index],
+                "failed": comparison.failed[index],
+                "bundle": comparison.bundles[index],
+            }
+            for index, side in enumerate("ab")
+        },
         "level": LEVEL,
         "metrics": {
-            row.metric.name: {
+            row.name: {
                 "unit": row.metric.unit,
                 "a": row.a.median,
                 "b": row.b.median,
@@ -424,8 +603,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "b_repeats": list(row.b.repeats),
                 "a_failed": row.a.failed,
                 "b_failed": row.b.failed,
+                **_share_json(row),
                 "ratio": row.ratio,
-                "interval": None if row.interval is None else list(row.interval),
+                "interval": _finite(row.interval),
                 "verdict": row.verdict,
                 "why": row.why,
             }
@@ -436,4 +616,24 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             for side, run, reason, sentence in comparison.failures
         ],
         "notes": list(comparison.notes),
+    }
+
+
+def _finite(interval: tuple[float, float] | None) -> list[float | None] | None:
+    """JSON has no infinity: an end that is open is null."""
+    return None if interval is None else [end if np.isfinite(end) else None for end in interval]
+
+
+def _share_json(row: Row) -> dict[str, Any]:
+    """What a share has more: how many of how many, and each side's own interval."""
+    if row.metric.trials is None:
+        return {}
+    return {
+        f"{name}_{what}": found
+        for name, side in (("a", row.a), ("b", row.b))
+        for what, found in (
+            ("correct", sum(is_exact for _, is_exact in side.trials)),
+            ("count", len(side.trials)),
+            ("interval_95", None if side.interval is None else list(side.interval)),
+        )
     }

@@ -16,6 +16,7 @@ import numpy as np
 
 from device_tests.sensors import is_cpu_sensor
 from quantize.errors import OutputError
+from quantize.puzzles import KINDS
 
 Record = Mapping[str, Any]
 Direction = Literal["lower", "higher", "none"]
@@ -35,7 +36,9 @@ class Metric:
     every other pass it is None. `direction` says which way is better. `compute` gives the number of
     one record, or None where the record does not have it. For a metric over denoising steps `pool`
     gives the steps of one record and `statistic` what is taken of them, so that the steps of all
-    repeats can be put together.
+    repeats can be put together. For a share `trials` gives what it is the share of: prompt and
+    whether its answer is right. `is_of_style`: what is counted is another thing for each style of
+    generation and length of canvas, so that the numbers of two must not be set against each other.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Metric:
     compute: Callable[[Record], float | None]
     pool: Callable[[Record], list[float]] | None = None
     statistic: Statistic = "median"
+    trials: Callable[[Record], list[tuple[str, bool]]] | None = None
+    is_of_style: bool = False
 
 
 def compute(record: Record) -> dict[str, float | None]:
@@ -89,6 +94,67 @@ def statistic_of(values: Sequence[float], statistic: Statistic) -> float | None:
 
 
 # What a record says. Records come from a device: whatever is not there, or not a number, is None.
+
+
+def trials(record: Record, kind: str | None = None) -> list[tuple[str, bool]]:
+    """Prompt of each puzzle (of one kind), and whether the answer was exactly right."""
+    graded = map(_mapping, _list(record.get("puzzles")))
+    return [
+        (str(puzzle.get("prompt")), puzzle["is_exact"])
+        for puzzle in graded
+        if isinstance(puzzle.get("is_exact"), bool) and kind in (None, puzzle.get("kind"))
+    ]
+
+
+def share_interval(found: Sequence[tuple[str, bool]]) -> tuple[float, float] | None:
+    """The 95 % Wilson interval of the share that is right; None of nothing."""
+    # Imported here: it brings the loops of generation.
+    from export.evaluation import wilson_interval
+
+    right = sum(is_exact for _, is_exact in found)
+    return wilson_interval(right, len(found)) if found else None
+
+
+def _exact_match(kind: str | None) -> Callable[[Record], float | None]:
+    def compute_share(record: Record) -> float | None:
+        found = trials(record, kind)
+        return _ratio(sum(is_exact for _, is_exact in found), len(found))
+
+    return compute_share
+
+
+def _trials_of(kind: str | None) -> Callable[[Record], list[tuple[str, bool]]]:
+    return lambda record: trials(record, kind)
+
+
+def _answers(record: Record, *names: str) -> list[float]:
+    """The sum of the named numbers for each answer that has all of them."""
+    answers = map(_mapping, _list(_result(record).get("answers")))
+    rows = ([_number(answer.get(name)) for name in names] for answer in answers)
+    return [sum(row) for row in rows if None not in row]
+
+
+def _median_of_answers(name: str) -> Callable[[Record], float | None]:
+    return lambda record: statistic_of(_answers(record, name), "median")
+
+
+def _answers_tokens_per_s(record: Record) -> float | None:
+    tokens, ms = _answers(record, "new_tokens"), _answers(record, "total_ms")
+    return _ratio(sum(tokens), sum(ms), 1000) if len(tokens) == len(ms) else None
+
+
+def _forwards_per_answer(record: Record) -> float | None:
+    forwards = _answers(record, "steps", "encodings")
+    return _ratio(sum(forwards), len(forwards))
+
+
+def _charge_per_answer(record: Record) -> float | None:
+    """None while charging: the current is then not the run's."""
+    samples = [_mapping(sample.get("battery")) for sample in _sensors(record, "during")]
+    if not samples or any(sample.get("status") != "discharging" for sample in samples):
+        return None
+    current, ms = _battery_current(record), _answers(record, "total_ms")
+    return None if current is None else _ratio(abs(current) * sum(ms), len(ms) * 3600)
 
 
 def _number(found: object) -> float | None:
@@ -322,6 +388,7 @@ def _operators(where: str) -> Callable[[Record], float | None]:
 
 
 _SPEED, _NATURAL, _MEMORY, _COLD = ("speed",), ("natural",), ("memory",), ("cold",)
+_PUZZLES = ("puzzles",)
 
 METRICS: tuple[Metric, ...] = (
     Metric(
@@ -356,7 +423,7 @@ METRICS: tuple[Metric, ...] = (
         "first_draft_ms", "ms", "Time to first draft", "Latency",
         "result.first_draft_ms: from the call to the end of the first denoising step, prompt "
         "included, loading excluded",
-        "lower", _SPEED, _field("first_draft_ms"),
+        "lower", _SPEED, _field("first_draft_ms"), is_of_style=True,
     ),
     Metric(
         "first_commit_ms", "ms", "Time to first committed text", "Latency",
@@ -368,49 +435,50 @@ METRICS: tuple[Metric, ...] = (
         "step_ms", "ms", "Denoising step", "Denoising",
         "median over denoising steps of layers_ms + head_ms; over repeats: of the steps of all "
         "repeats put together",
-        "lower", _SPEED, _of_steps(step_times, "median"), step_times, "median",
+        "lower", _SPEED, _of_steps(step_times, "median"), step_times, "median", is_of_style=True,
     ),
     Metric(
         "step_ms_p5", "ms", "Denoising step, p5", "Denoising",
         "5th percentile of the same steps",
-        "lower", _SPEED, _of_steps(step_times, "p5"), step_times, "p5",
+        "lower", _SPEED, _of_steps(step_times, "p5"), step_times, "p5", is_of_style=True,
     ),
     Metric(
         "step_ms_p95", "ms", "Denoising step, p95", "Denoising",
         "95th percentile of the same steps",
-        "lower", _SPEED, _of_steps(step_times, "p95"), step_times, "p95",
+        "lower", _SPEED, _of_steps(step_times, "p95"), step_times, "p95", is_of_style=True,
     ),
     Metric(
         "layers_ms", "ms", "Layers of a step", "Denoising",
         "median over denoising steps of layers_ms",
         "lower", _SPEED, _of_steps(_layers_times, "median"), _layers_times, "median",
+        is_of_style=True,
     ),
     Metric(
         "head_ms", "ms", "Head of a step", "Denoising",
         "median over denoising steps of head_ms; the sampler is in it",
-        "lower", _SPEED, _of_steps(_head_times, "median"), _head_times, "median",
+        "lower", _SPEED, _of_steps(_head_times, "median"), _head_times, "median", is_of_style=True,
     ),
     Metric(
         "encode_ms", "ms", "Committed canvases encoded", "Denoising",
         "result.encode_ms: sum of the layers' time over the chunks of committed canvases; the last "
         "canvas is never encoded, so it is 0 for one canvas",
-        "lower", _SPEED, _field("encode_ms"),
+        "lower", _SPEED, _field("encode_ms"), is_of_style=True,
     ),
     Metric(
         "encode_ms_per_canvas", "ms", "Commit of a canvas", "Denoising",
         "result.encode_ms / (canvases - 1); none for one canvas",
-        "lower", _SPEED, _encode_per_canvas,
+        "lower", _SPEED, _encode_per_canvas, is_of_style=True,
     ),
     Metric(
         "steps_per_canvas", "steps", "Steps per canvas", "Yield",
         "denoising steps / canvases, the sampler's own stop",
-        "lower", _NATURAL, _steps_per_canvas,
+        "lower", _NATURAL, _steps_per_canvas, is_of_style=True,
     ),
     Metric(
         "accepted_per_step", "positions", "Accepted per step", "Yield",
         "sum of accepted over denoising steps / denoising steps; a step accepts anew over the "
         "whole canvas, so a position may count in several steps",
-        "higher", _NATURAL, _accepted_per_step,
+        "higher", _NATURAL, _accepted_per_step, is_of_style=True,
     ),
     Metric(
         "tokens_per_forward", "tokens", "Tokens per forward", "Yield",
@@ -428,7 +496,51 @@ METRICS: tuple[Metric, ...] = (
         "tokens_per_s_with_padding", "tokens/s", "Tokens per second with padding", "Yield",
         "1000 * committed tokens of all canvases, padding after the end included / "
         "result.total_ms",
-        "higher", _NATURAL, _tokens_per_s_with_padding,
+        "higher", _NATURAL, _tokens_per_s_with_padding, is_of_style=True,
+    ),
+    Metric(
+        "exact_match", "share", "Exact match", "Puzzles",
+        "puzzles whose answer, white space around it apart, is exactly the right one / puzzles (0 "
+        "to 1), over all kinds; with its 95 % Wilson interval",
+        "higher", _PUZZLES, _exact_match(None), trials=trials,
+    ),
+    *(
+        Metric(
+            f"exact_match_{kind}", "share", f"Exact match, {kind}", "Puzzles",
+            f"the same over the puzzles of the kind {kind}",
+            "higher", _PUZZLES, _exact_match(kind), trials=_trials_of(kind),
+        )
+        for kind in KINDS
+    ),
+    Metric(
+        "answer_tokens_per_s", "tokens/s", "Tokens per second of answers", "Puzzles",
+        "1000 * sum of new_tokens / sum of total_ms over result.answers: committed tokens without "
+        "padding, by the whole time of the calls, prompts included",
+        "higher", _PUZZLES, _answers_tokens_per_s,
+    ),
+    Metric(
+        "answer_first_text_ms", "ms", "First text of an answer", "Puzzles",
+        "median over result.answers of first_commit_ms: from the call to the first text that stays "
+        "(a canvas, a block, an autoregressive token), prompt included",
+        "lower", _PUZZLES, _median_of_answers("first_commit_ms"),
+    ),
+    Metric(
+        "answer_ms", "ms", "Whole answer", "Puzzles",
+        "median over result.answers of total_ms: from the call to the end of the text, prompt "
+        "included, loading excluded",
+        "lower", _PUZZLES, _median_of_answers("total_ms"),
+    ),
+    Metric(
+        "forwards_per_answer", "forwards", "Forwards per answer", "Puzzles",
+        "mean over result.answers of steps + encodings: every pass of the layers, those for the "
+        "prompt and for committed canvases included; passes are of different lengths",
+        "lower", _PUZZLES, _forwards_per_answer,
+    ),
+    Metric(
+        "charge_per_answer_uah", "µAh", "Charge per answer", "Puzzles",
+        "median of the absolute current_ma during the run * mean total_ms of "
+        "result.answers / 3600; the whole device, screen included; none while it charges",
+        "lower", _PUZZLES, _charge_per_answer,
     ),
     Metric(
         "peak_rss_bytes", "bytes", "Peak RSS", "Memory",

@@ -15,11 +15,13 @@ from typing import Any, Literal, get_args
 
 from quantize.errors import OutputError, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 has the pass `puzzles`; files of version 1 are read too."""
 MAXIMUM_LINE_BYTES = 256 * 2**20
 
-Pass = Literal["cold", "warm_up", "speed", "natural", "memory"]
-"""Why a run was made: load from storage, first run, forced steps, free steps, memory sampling."""
+Pass = Literal["cold", "warm_up", "speed", "natural", "memory", "puzzles"]
+"""Why a run was made: load from storage, first run, forced steps, free steps, memory sampling,
+answers that are graded."""
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
 

@@ -24,6 +24,7 @@ from device_tests.metrics import (
     Metric,
     percentile,
     pooled_steps,
+    share_interval,
     statistic_of,
     step_times,
     value,
@@ -36,6 +37,8 @@ HEADLINE = (
     "first_commit_ms",
     "tokens_per_s",
     "tokens_per_forward",
+    "exact_match",
+    "answer_ms",
     "load_warm_ms",
     "peak_rss_bytes",
     "hottest_during_c",
@@ -61,7 +64,8 @@ class Quantity:
     `median`, `p5` and `p95` are over the repeats, or over the steps of all repeats put together
     where the metric is one of steps (`steps` counts them); percentiles by linear interpolation.
     For a metric that is itself a percentile `median` holds that percentile and the others are None.
-    `failed` counts the runs of the passes that failed.
+    `failed` counts the runs of the passes that failed. trials: of a share, prompt and whether its
+    answer is right; of the first repeat, since the others answer the same with the same seed.
     """
 
     metric: Metric
@@ -71,6 +75,7 @@ class Quantity:
     repeats: tuple[Repeat, ...]
     failed: int
     steps: int = 0
+    trials: tuple[tuple[str, bool], ...] = ()
 
     def show(self, number: float | None) -> str:
         """A number of this quantity with its unit."""
@@ -78,7 +83,9 @@ class Quantity:
 
     @property
     def range(self) -> str:
-        """From the 5th to the 95th percentile."""
+        """From the 5th to the 95th percentile; of a share its 95 % interval."""
+        if (interval := share_interval(self.trials)) is not None:
+            return "{:.1f} to {:.1f} % (95 %)".format(*(100 * end for end in interval))
         if self.p5 is None or self.p95 is None or max(len(self.repeats), self.steps) < 2:
             return "-"
         if self.p5 == self.p95:
@@ -91,6 +98,8 @@ class Quantity:
     def count(self) -> str:
         """How many runs, and steps, the number is over."""
         runs = str(len(self.repeats))
+        if self.trials:
+            return f"{runs} ({len(self.trials)} puzzles)"
         return f"{runs} ({self.steps} steps)" if self.steps else runs
 
 
@@ -209,6 +218,7 @@ def _quantity(metric: Metric, records: Sequence[Record]) -> Quantity:
             percentile(numbers, 95),
             repeats,
             failed,
+            trials=tuple(_trials(metric, records)),
         )
     steps = pooled_steps(metric, records)
     is_median = metric.statistic == "median"
@@ -221,6 +231,12 @@ def _quantity(metric: Metric, records: Sequence[Record]) -> Quantity:
         failed,
         len(steps),
     )
+
+
+def _trials(metric: Metric, records: Sequence[Record]) -> Sequence[tuple[str, bool]]:
+    if metric.trials is None:
+        return ()
+    return next((metric.trials(r) for r in records if value(metric, r) is not None), ())
 
 
 def _group(found: Configuration) -> Group:
@@ -257,6 +273,9 @@ def _workload(leaves: Mapping[str, Any]) -> str:
     shown = _prompt(leaves, "workload")
     if f"{natural}.prompt_text" in leaves:
         shown += f" (natural pass: {_prompt(leaves, natural)})"
+    puzzles = leaves.get("workload in the puzzles pass.puzzles")
+    if puzzles is not None:
+        shown += f" (puzzles pass: {puzzles} held-out puzzles of each kind)"
     shown += f", up to {leaves['workload.max_new_tokens']} new tokens"
     shown += f", seed {leaves['workload.seed']}"
     return shown if forced is None else f"{shown}, {forced} steps a canvas forced for speed"
@@ -264,6 +283,8 @@ def _workload(leaves: Mapping[str, Any]) -> str:
 
 def _prompt(leaves: Mapping[str, Any], workload: str) -> str:
     text, tokens = (leaves.get(f"{workload}.prompt_{kind}") for kind in ("text", "tokens"))
+    if (puzzles := leaves.get(f"{workload}.puzzles")) is not None:
+        return f"{puzzles} held-out puzzles of each kind"
     if text is not None:
         return f"prompt “{plain(text, 60)}”"
     return "prompt not told" if tokens is None else f"random prompt of {tokens} tokens"
@@ -345,6 +366,7 @@ def _group_json(group: Group) -> dict[str, Any]:
                 "failed": found.failed,
                 "steps": found.steps,
                 "repeats": [repeat.value for repeat in found.repeats],
+                **_share_json(found),
             }
             for found in group.quantities
             if found.median is not None
@@ -360,6 +382,14 @@ def _group_json(group: Group) -> dict[str, Any]:
             for run in group.failures
         ],
     }
+
+
+def _share_json(found: Quantity) -> dict[str, Any]:
+    interval = share_interval(found.trials)
+    if interval is None:
+        return {}
+    correct = sum(is_exact for _, is_exact in found.trials)
+    return {"correct": correct, "count": len(found.trials), "interval_95": list(interval)}
 
 
 def to_markdown(summary: Summary) -> str:

@@ -24,6 +24,7 @@ SHOWN = {
     "speed": ("step_ms", "prefill_tokens_per_s"),
     "natural": ("steps_per_canvas", "tokens_per_s"),
     "memory": ("peak_rss_bytes", "peak_pss_bytes"),
+    "puzzles": ("exact_match", "answer_ms", "answer_tokens_per_s"),
 }
 """The numbers of a pass that are worth a look while one waits."""
 
@@ -92,6 +93,8 @@ def _progress(event: Any) -> str:
         return f"canvas {event['canvas'] + 1}, step {event['step']}/{event['max_steps']}"
     if kind == "prefill":
         return f"prefill {event['done']}/{event['total']} tokens"
+    if kind == "answer":
+        return f"answer {event['done']}/{event['total']}"
     return plain(kind, 40)
 
 

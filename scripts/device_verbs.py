@@ -164,6 +164,14 @@ def bench(
     speed: Annotated[int, typer.Option(help="Runs with a fixed number of steps.")] = 6,
     natural: Annotated[int, typer.Option(help="Runs that stop when the sampler is done.")] = 6,
     memory: Annotated[int, typer.Option(help="Runs during which memory is sampled.")] = 1,
+    puzzles: Annotated[
+        int | None,
+        typer.Option(
+            help="Held-out puzzles of each kind to be answered and graded, as `evaluate` does "
+            "(default: none)."
+        ),
+    ] = None,
+    puzzle_runs: Annotated[int, typer.Option(help="Runs over all of these puzzles.")] = 3,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
     max_temperature: Annotated[
         float, typer.Option(metavar="C", help="A run begins when the hottest CPU sensor is below.")
@@ -197,9 +205,12 @@ def bench(
     from device_tests import bench as benches
     from device_tests import conditions, records, remote_run
     from device_tests import report as reports
+    from export.bundle import open_bundle
 
     plan = benches.BenchPlan(
-        passes={"cold": cold, "warm_up": 1, "speed": speed, "natural": natural, "memory": memory},
+        passes={"cold": cold, "warm_up": 1, "speed": speed, "natural": natural, "memory": memory}
+        | ({} if puzzles is None else {"puzzles": puzzle_runs}),
+        puzzles=puzzles,
         threads=tuple(threads) if threads else (None,),
         prompt_text=prompt,
         prompt_tokens=prompt_tokens,
@@ -217,9 +228,9 @@ def bench(
         raise OutputError(
             f"{results} has runs already; give another --results, or --resume to go on with it"
         )
+    # Refused before anything large is read, or a device looked for.
+    benches.prepare(plan, open_bundle(folder, verify=False))
     bundle = _verified(folder)
-    for name in records.PASSES:  # refused before a device is looked for
-        benches.workload(plan, name, bundle.manifest)
     from scripts.bench_view import BenchView
 
     with _device(serial, via, local) as transport:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from device_tests.adb_direct import DirectTransport, open_tcp
@@ -115,11 +115,13 @@ class Scripted:
     extra: str = ""
     only: str = ""
     """The extra is for runs whose name ends so."""
+    changes: Mapping[str, object] = field(default_factory=dict)
+    """Of the result."""
 
     def command(self, request: str) -> str:
         run_id = request.split("/")[-2]
         extra = self.extra if run_id.endswith(self.only) else ""
-        script = f"{started(run_id)}{tell(step(1))}{extra}\n{result(run_id)}"
+        script = f"{started(run_id)}{tell(step(1))}{extra}\n{result(run_id, **self.changes)}"
         return ScriptRunner(script).command(request)
 
 

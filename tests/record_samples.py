@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from device_tests import records
 from device_tests.metrics import compute
+from quantize.puzzles import held_out
 
 CANVAS = 20
 HOSTILE = (
@@ -68,6 +70,8 @@ def run(
     else:
         record["steps"] = events
         record["result"] = _result(random, pass_, events, canvases)
+    if pass_ == "puzzles" and not failure:
+        _answer_puzzles(record)
     if pass_ == "memory":
         record["memory"] = _memory(events[-1]["t_ms"])
     record["metrics"] = compute(record)
@@ -76,7 +80,12 @@ def run(
 
 
 def bench(
-    *, speed: int = 5, natural: int = 3, with_failure: bool = False, **options: Any
+    *,
+    speed: int = 5,
+    natural: int = 3,
+    puzzles: int = 0,
+    with_failure: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """All passes of one bench; `with_failure` puts a failed speed run in the middle."""
     found = [run("cold", **options), run("warm_up", **options)]
@@ -85,8 +94,39 @@ def bench(
             found.append(run("speed", repeat, failure=FAILURE, **options))
         found.append(run("speed", repeat, **options))
     found += [run("natural", repeat, **(options | {"steps": 5})) for repeat in range(natural)]
+    found += [run("puzzles", repeat, **options) for repeat in range(puzzles)]
     return [*found, run("memory", **options)]
 
+
+PUZZLES = held_out(10, 0)
+WRONG = 3
+"""Answers of every ten that are wrong."""
+
+
+def _answer_puzzles(record: dict[str, Any]) -> None:
+    """Turn a run into one of several prompts: seven of ten answers right, 10 ms for a token."""
+    workload, result = record["conditions"]["workload"], record["result"]
+    workload |= {"prompt_text": None, "prompt_tokens": None, "force_steps": None, "puzzles": 10}
+    workload["max_new_tokens"] = CANVAS
+    record["steps"] = []
+    result |= dict.fromkeys(name for name in ANSWER if name in result)
+    result |= {"protocol": 2, "canvases": None, "tokens": None}
+    result["answers"] = [
+        ANSWER | {"total_ms": 10.0 * len(puzzle.answer), "new_tokens": len(puzzle.answer)}
+        for puzzle in PUZZLES
+    ]
+    record["puzzles"] = [
+        asdict(puzzle) | {"is_exact": number % 10 >= WRONG} for number, puzzle in enumerate(PUZZLES)
+    ]
+    for sample in record["sensors"]:
+        sample["battery"]["status"] = "discharging"
+
+
+ANSWER = {
+    "prompt_tokens": 12, "prompt_ms": 3.0, "encode_ms": 0.0, "total_ms": 80.0,
+    "first_draft_ms": 9.0, "first_commit_ms": 40.0, "finish_reason": "eos", "canvases": 1,
+    "steps": 4, "encodings": 1, "answer_tokens": [4, 5], "new_tokens": 8, "text": "12",
+}  # fmt: skip
 
 FAILURE = {
     "reason": "out_of_memory",

@@ -24,6 +24,7 @@ from device_tests.bench import (
     RunProgress,
     RunStarted,
     bench,
+    prepare,
     random_prompt,
     workload,
 )
@@ -34,8 +35,19 @@ from device_tests.local_device import LocalDevice
 from device_tests.local_device_fixture import MakeLocalDevice
 from device_tests.metrics import METRICS
 from device_tests.remote_run import RUNS_FOLDER, LinuxRunner
-from export.bundle import Bundle, TokenizerInfo, open_bundle, write_bundle
+from export.bundle import (
+    Bundle,
+    ModelInfo,
+    SpecialTokens,
+    TokenizerInfo,
+    open_bundle,
+    write_bundle,
+)
+from export.evaluation import evaluate
+from export.runtime import open_session
+from export.tokenizer import open_tokenizer
 from quantize.errors import InputError, OutputError
+from quantize.puzzles import held_out
 from tests import toy_model
 from tests.bench_tools import (
     DEPLOYMENT,
@@ -46,6 +58,8 @@ from tests.bench_tools import (
     processes_of,
     wait_for,
 )
+from tests.conftest import DEMO_MODEL
+from tests.record_samples import ANSWER
 
 
 @pytest.fixture
@@ -106,11 +120,97 @@ def run_bench(
         ({"hang_s": "60"}, "hang_s is '60'"),
         ({"memory_interval_ms": 0}, "memory_interval_ms is 0"),
         ({"memory_limit_bytes": 0}, "memory_limit_bytes is 0"),
+        ({"puzzles": 0}, "puzzles is 0"),
+        ({"passes": {"puzzles": 1}}, "say how many"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_by_name(change: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         BenchPlan(**change)
+
+
+# Puzzles.
+
+
+@pytest.fixture(scope="module")
+def puzzle_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle that only scripted runners could run, with a tokenizer that can write puzzles."""
+    info = ModelInfo("toy", "toy", 64, 8, 6, 60)
+    special = SpecialTokens(eos=(1, 5), pad=0, bos=2)
+    manifest = toy_model.manifest(
+        info, tokenizer=TokenizerInfo("t.json", None), special_tokens=special
+    )
+    tokenizer = (DEMO_MODEL / "tokenizer.json").read_bytes()
+    files = {"layers.pte": b"layers", "head.pte": b"head", "t.json": tokenizer}
+    return write_bundle(tmp_path_factory.mktemp("puzzles") / "bundle", manifest, files)
+
+
+def test_puzzles_are_asked_only_if_their_number_is_given(puzzle_bundle: Bundle) -> None:
+    assert BenchPlan().passes.get("puzzles", 0) == 0
+    assert BenchPlan(puzzles=2).passes["puzzles"] == 3
+    assert prepare(BenchPlan(), puzzle_bundle)[1] == ()
+    workloads, puzzles = prepare(BenchPlan(puzzles=2, seed=4), puzzle_bundle)
+    assert puzzles == tuple(held_out(2, 4)) and len(puzzles) == 6
+    # A sudoku's answer and the end token are twenty tokens: four canvases of six.
+    asked = workloads["puzzles"]
+    assert (asked["max_new_tokens"], asked["puzzles"], asked["force_steps"]) == (24, 2, None)
+    assert "puzzles" not in workloads["speed"], "as before there was such a pass"
+
+
+def test_puzzles_for_a_bundle_that_cannot_write_them_are_refused(
+    tmp_path: Path, toy_bundle: Path
+) -> None:
+    files = {"layers.pte": b"layers", "head.pte": b"head"}
+    bare = write_bundle(tmp_path / "bare", toy_model.manifest(), files)
+    with pytest.raises(InputError, match=r"without a tokenizer.*leave out --puzzles"):
+        prepare(BenchPlan(puzzles=1), bare)
+    with pytest.raises(InputError, match=r"no token for '[0-9]'"):
+        prepare(BenchPlan(puzzles=1), open_bundle(toy_bundle))
+
+
+def test_puzzles_are_one_run_and_graded_here(
+    transport: DirectTransport, puzzle_bundle: Bundle, tmp_path: Path
+) -> None:
+    plan = BenchPlan(passes={"puzzles": 1}, puzzles=2, **QUICK)
+    texts = [f" {puzzle.answer}\n" for puzzle in held_out(2, 0)]
+    texts[-1] = texts[-1].strip() + "0"
+
+    def run(texts: list[str], name: str) -> dict:
+        answers = [ANSWER | {"text": text} for text in texts]
+        runner = Scripted(changes={"protocol": 2, "answers": answers})
+        file = tmp_path / name
+        bench(transport, puzzle_bundle, DEPLOYMENT, runner, plan, file)
+        (record,) = records.read(file)
+        return record
+
+    record = run(texts, "ok.jsonl")
+    assert record["status"] == "ok" and record["schema_version"] == 2
+    assert [puzzle["is_exact"] for puzzle in record["puzzles"]] == [True] * 5 + [False]
+    assert record["metrics"]["exact_match"] == 5 / 6
+    assert record["metrics"]["exact_match_sort"] == 1
+    assert record["metrics"]["answer_ms"] == 80
+    failed = run(texts[:-1], "few.jsonl")
+    assert failed["failure"]["reason"] == "internal" and "puzzles" not in failed
+    assert "5 answers to 6 puzzles" in failed["failure"]["sentence"]
+
+
+@pytest.mark.slow
+def test_the_device_and_evaluate_say_the_same_of_a_bundle(
+    transport: DirectTransport, demo_bundle: Bundle, tmp_path: Path
+) -> None:
+    """The demo model on the local device, and in this process with the same puzzles and seeds."""
+    deployment = deploy(transport, demo_bundle)
+    plan = BenchPlan(passes={"puzzles": 1}, puzzles=4, seed=3, threads=(1,), **QUICK)
+    bench(transport, demo_bundle, deployment, LinuxRunner(), plan, tmp_path / "r.jsonl")
+    (record,) = records.read(tmp_path / "r.jsonl")
+    tallies = evaluate(
+        open_session(demo_bundle, 1), open_tokenizer(demo_bundle), held_out(4, 3), seed=3
+    )
+    for tally in tallies:
+        name = "exact_match" if tally.kind == "all" else f"exact_match_{tally.kind}"
+        assert record["metrics"][name] == tally.exact_match
+    steps = [answer["steps"] for answer in record["result"]["answers"]]
+    assert sum(steps) / len(steps) == tallies[-1].mean_steps
 
 
 def test_passes_differ_in_what_they_ask_for() -> None:

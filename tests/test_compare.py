@@ -220,3 +220,115 @@ def test_a_mixed_side_is_refused_even_where_the_sides_may_differ() -> None:
         mixed.append(record)
     with pytest.raises(CompareRefused, match=r"threads is .* or 7"):
         compare(mixed, bench(), across=("threads",))
+
+
+# Over families.
+
+AUTOREGRESSIVE = {
+    "sha256": "cd" * 32, "name": "twin", "family": "qwen3", "style": "autoregressive",
+    "recipe": "int4-g32", "backend": "xnnpack", "bytes": 1_610_000,
+}  # fmt: skip
+WITH_PUZZLES = bench(puzzles=3)
+
+
+def twin(right: int | None = None, **workload) -> list:
+    """The bench of an autoregressive model; `right` of its thirty answers are right."""
+    found = copy.deepcopy(bench(puzzles=3, seed=1, step_ms=4.0))
+    for record in found:
+        record["conditions"]["bundle"] = AUTOREGRESSIVE
+        record["conditions"]["workload"] |= {"max_new_tokens": 64} | workload
+        if record["conditions"]["workload"]["force_steps"] is not None:
+            record["conditions"]["workload"]["force_steps"] = 1
+        for number, puzzle in enumerate(record.get("puzzles", ())):
+            puzzle["is_exact"] = puzzle["is_exact"] if right is None else number < right
+    return found
+
+
+@pytest.mark.parametrize("across", [(), ("bundle",)])
+def test_two_styles_are_refused_and_the_way_is_named(across):
+    with pytest.raises(CompareRefused, match="`--across family`"):
+        compare(WITH_PUZZLES, twin(), across)
+
+
+def test_across_family_lets_differ_what_follows_from_the_style_and_nothing_else():
+    found = compare(WITH_PUZZLES, twin(), ["family"])
+    leaves = {each.leaf.partition(".")[0] for each in found.differences}
+    assert leaves == {"bundle", "workload"}
+    with pytest.raises(CompareRefused, match=r"workload\.seed .*`--across family,workload`"):
+        compare(WITH_PUZZLES, twin(seed=7), ["family"])
+    other = change(twin(), "conditions.threads", 4)
+    with pytest.raises(CompareRefused, match="`--across family,threads`"):
+        compare(WITH_PUZZLES, other, ["family"])
+
+
+def test_a_step_of_one_style_is_never_set_against_that_of_another():
+    found = compare(WITH_PUZZLES, twin(), ["family"])
+    steps = [each for each in found.rows if each.metric.name == "step_ms"]
+    assert [(each.title, bool(each.a.repeats), bool(each.b.repeats)) for each in steps] == [
+        ("Denoising step (uniform)", True, False),
+        ("Token", False, True),
+    ]
+    for each in found.rows:
+        if each.metric.is_of_style:
+            assert each.ratio is None and each.verdict == "not known"
+    for name in ("answer_tokens_per_s", "answer_first_text_ms", "answer_ms", "exact_match",
+                 "load_warm_ms", "peak_rss_bytes", "peak_pss_bytes"):  # fmt: skip
+        assert row(found, name).ratio is not None, name
+    names = [each.name for each in found.rows]
+    assert len(set(names)) == len(names)
+
+
+def test_canvases_of_two_lengths_are_not_the_same_thing():
+    longer = copy.deepcopy(twin())
+    for record in longer:
+        record["conditions"]["bundle"] = AUTOREGRESSIVE | {"style": "uniform_diffusion"}
+        for canvas in record["result"]["canvases"] or ():
+            canvas["tokens"] = canvas["tokens"] * 2
+    found = compare(WITH_PUZZLES, longer, ["family"])
+    titles = [each.title for each in found.rows if each.metric.name == "step_ms"]
+    assert titles == ["Denoising step (uniform, canvas of 20)",
+                      "Denoising step (uniform, canvas of 40)"]  # fmt: skip
+
+
+def test_exact_match_resamples_puzzles_and_not_runs():
+    found = row(compare(WITH_PUZZLES, twin(right=5), ["family"]), "exact_match")
+    assert (found.a.median, found.b.median) == (0.7, 5 / 30)
+    assert found.interval[0] < found.ratio < found.interval[1] < 1 and found.verdict == "worse"
+    assert found.a.interval[0] < 0.7 < found.a.interval[1]
+    nearly = row(compare(WITH_PUZZLES, twin(right=20), ["family"]), "exact_match")
+    assert nearly.verdict == "unclear", "20 of 30 against 21 of 30"
+    same = row(compare(WITH_PUZZLES, twin(), ["family"]), "exact_match")
+    assert same.verdict == "equal"
+
+
+def test_the_paired_interval_is_scipys():
+    from scipy.stats import bootstrap
+
+    random = np.random.default_rng(3)
+    a = random.random(80) < 0.7
+    b = np.where(random.random(80) < 0.8, a, ~a)
+    expected = bootstrap(
+        (a.astype(float), b.astype(float)), lambda one, other: other.mean() / one.mean(),
+        paired=True, vectorized=False, n_resamples=9999, method="percentile", rng=random,
+    ).confidence_interval  # fmt: skip
+    # 9999 resamples know the end of an interval to about 2 % of its length.
+    assert module.share_ratio_interval(a, b) == pytest.approx(tuple(expected), abs=0.02)
+
+
+def test_other_puzzles_have_no_interval():
+    other = twin()
+    for record in other:
+        for puzzle in record.get("puzzles", ()):
+            puzzle["prompt"] += "0"
+    found = row(compare(WITH_PUZZLES, other, ["family"]), "exact_match")
+    assert found.interval is None and found.why == "other puzzles"
+
+
+def test_each_side_says_what_it_is():
+    found = compare(WITH_PUZZLES, twin(), ["family"])
+    assert "A: int4, diffusion_gemma, uniform_diffusion, 0.8 MiB, int4-g32" in module.to_text(found)
+    assert "- **B**: twin, qwen3, autoregressive, 1.5 MiB, int4-g32" in module.to_markdown(found)
+    document = json.loads(json.dumps(module.to_json(found), allow_nan=False))
+    assert document["b"]["bundle"] == AUTOREGRESSIVE
+    assert document["metrics"]["exact_match"]["a_count"] == 30
+    assert document["metrics"]["step_ms, autoregressive"]["a"] is None

@@ -49,6 +49,11 @@ RESULT = {
     },
     "delegation": {"layers": {"delegates": 2, "delegated": 30, "portable": 4},
                    "head": {"delegates": 1, "delegated": 5, "portable": 6}},
+    "answers": [
+        {"total_ms": 40.0, "first_commit_ms": 10.0, "new_tokens": 6, "steps": 5, "encodings": 1},
+        {"total_ms": 60.0, "first_commit_ms": 30.0, "new_tokens": 6, "steps": 9, "encodings": 2},
+        {"total_ms": 50.0, "first_commit_ms": 14.0, "new_tokens": 9, "steps": 6, "encodings": 1},
+    ],
 }  # fmt: skip
 SENSORS = [
     ("before", 30.0, 300.0, 81.0, None),
@@ -79,6 +84,15 @@ EXPECTED = {
     "tokens_per_forward": 11.0,
     "tokens_per_s": 66.0,
     "tokens_per_s_with_padding": 80.0,
+    "exact_match": 0.6,
+    "exact_match_sudoku": 0.5,
+    "exact_match_sort": 1.0,
+    "exact_match_add": 0.5,
+    "answer_tokens_per_s": 140.0,  # 21 in 0.15 s
+    "answer_first_text_ms": 14.0,
+    "answer_ms": 50.0,
+    "forwards_per_answer": 8.0,
+    "charge_per_answer_uah": 700 * 50 / 3600,
     "peak_rss_bytes": 5000.0,
     "peak_pss_bytes": 3900.0,
     "anonymous_bytes": 1500.0,
@@ -112,8 +126,14 @@ def record(pass_: str) -> dict[str, Any]:
         "sensors": [
             {"t_s": 0.0, "phase": phase, "temperature_c": {"cpu-0": heat, "battery": 90.0},
              "cpu_mhz": {"cpu0": clock / 2, "cpu1": clock},
-             "battery": {"level_percent": level, "current_ma": current}}
+             "battery": {"level_percent": level, "current_ma": current, "status": "discharging"}}
             for phase, heat, clock, level, current in SENSORS
+        ],
+        "puzzles": [
+            {"kind": kind, "prompt": f"{kind} {number}", "is_exact": is_exact}
+            for number, (kind, is_exact) in enumerate(
+                [("sudoku", True), ("sudoku", False), ("sort", True), ("add", False), ("add", True)]
+            )
         ],
     }  # fmt: skip
 
@@ -130,6 +150,21 @@ def test_every_formula_against_numbers_worked_out_by_hand():
 def test_a_metric_is_taken_from_its_passes_only(pass_):
     given_names = {name for name, found in compute(record(pass_)).items() if found is not None}
     assert given_names == {metric.name for metric in METRICS if pass_ in metric.passes}
+
+
+def test_no_charge_is_told_while_charging():
+    found = record("puzzles")
+    found["sensors"][3]["battery"]["status"] = "charging"
+    assert compute(found)["charge_per_answer_uah"] is None
+
+
+def test_the_interval_of_exact_match_is_wilsons():
+    from scipy.stats import binomtest
+
+    expected = binomtest(3, 5).proportion_ci(0.95, method="wilson")
+    found = metrics.share_interval(metrics.trials(record("puzzles")))
+    assert found == pytest.approx((expected.low, expected.high))
+    assert metrics.share_interval([]) is None
 
 
 def test_forced_steps_give_no_yield():
@@ -224,7 +259,7 @@ def test_no_junk_in_a_record_raises_or_gives_what_is_not_a_number(data):
 def test_the_sample_bench_gives_every_metric():
     given_names = {
         name
-        for record in record_samples.bench()
+        for record in record_samples.bench(puzzles=1)
         for name, number in record["metrics"].items()
         if number is not None
     }
