@@ -534,7 +534,7 @@ METRICS: tuple[Metric, ...] = (
         "forwards_per_answer", "forwards", "Forwards per answer", "Puzzles",
         "mean over result.answers of steps + encodings: every pass of the layers, those for the "
         "prompt and for committed canvases included; passes are of different lengths",
-        "lower", _PUZZLES, _forwards_per_answer,
+        "none", _PUZZLES, _forwards_per_answer,
     ),
     Metric(
         "charge_per_answer_uah", "µAh", "Charge per answer", "Puzzles",

@@ -313,7 +313,11 @@ def compare(
         str, typer.Option("--b", metavar="SELECT", help="Of B only these, in the same way.")
     ] = "",
     across: Annotated[
-        str, typer.Option(metavar="NAMES", help="What differs on purpose, e.g. bundle,threads.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="What differs on purpose, e.g. bundle,threads; family: two styles of generation.",
+        ),
     ] = "",
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the comparison as Markdown.")

@@ -400,10 +400,9 @@ def evaluate(
     A checkpoint folder is run by PyTorch as it is (fp32 or int4), a bundle by ExecuTorch.
     """
     from export.evaluation import evaluate as measure
-    from quantize.puzzles import KINDS
-    from quantize.puzzles import generate as draw
+    from quantize.puzzles import held_out
 
-    tasks = [puzzle for kind in KINDS for puzzle in draw(kind, puzzles, seed, "held_out")]
+    tasks = held_out(puzzles, seed)
     document: list[dict[str, Any]] = []
     for subject in subjects:
         with reporting(f"evaluating {subject}") as progress:

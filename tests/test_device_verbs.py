@@ -14,7 +14,9 @@ from device_tests.adb_direct import open_tcp
 from device_tests.device_lock import DeviceLock
 from device_tests.inventory import deployed
 from device_tests.local_device import LocalDevice
+from export.bundle import write_bundle
 from scripts.pocketdiff import run
+from tests import toy_model
 from tests.record_samples import bench as sample_bench
 
 # No adb server of this machine, and no serial of its user, has a say here.
@@ -108,6 +110,21 @@ def test_a_failed_run_is_reported_and_the_exit_code_says_so(
     assert document["failed"] == document["runs"] > 0
     assert {r["failure"]["reason"] for r in records.read(results)} == {"hang"}
     assert "runs failed" in output.err
+
+
+def test_puzzles_without_a_tokenizer_are_refused_before_anything_is_hashed(
+    toy_programs: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    write_bundle(bare, toy_model.manifest(), toy_programs)
+    program = bytearray((bare / "head.pte").read_bytes())
+    program[-1] ^= 1  # whoever reads it all would say so
+    (bare / "head.pte").write_bytes(program)
+    results = tmp_path / "results.jsonl"
+    assert pocketdiff("bench", bare, "--puzzles", 2, "-o", results) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "without a tokenizer" in said and "leave out --puzzles" in said
+    assert not results.exists()
 
 
 @pytest.mark.parametrize("verb", ["bench", "push"])
