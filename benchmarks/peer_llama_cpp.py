@@ -63,11 +63,11 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 FORMATS: dict[str, dict[str, Any]] = {
-    "dream": {"model_type": "Dream", "mask_token_id": MASK},
-    "blocks": {"model_type": "a2d-qwen2", "mask_token_id": MASK, "block_size": 32},
+    "block256": {"model_type": "a2d-qwen2", "mask_token_id": MASK, "block_size": POSITIONS},
+    "block32": {"model_type": "a2d-qwen2", "mask_token_id": MASK, "block_size": 32},
     "autoregressive": {"model_type": "qwen2"},
 }
-CONTEXT = {"dream": 256, "blocks": 576, "autoregressive": 576}
+CONTEXT = {"block256": POSITIONS, "block32": 512, "autoregressive": 512}
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _formats(cases: list[str]) -> list[str]:
-    wanted = {"step": "dream", "full": "dream", "answer": "blocks"}
+    wanted = {"step": "block256", "full": "block256", "answer": "block32"}
     return sorted({wanted.get(case, "autoregressive") for case in cases})
 
 
