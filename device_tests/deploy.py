@@ -1,15 +1,17 @@
 """Push: a bundle becomes whole and verified on a device, or is not there under its name.
 
-Files are sent in chunks to `staging/<sha256>.part`, hashed on the device, moved into
-`staging/<bundle_id>.dir`, and that folder becomes `bundles/<bundle_id>` as the last step. How the
+Files are sent in chunks to `staging/<sha256>.part`, hashed on the device (a chunk while the next
+one is sent), moved into `staging/<bundle_id>.dir`, and that folder becomes `bundles/<bundle_id>` as
+the last step. How the
 bytes travel is the transport's matter; listing and removal are `inventory`'s.
 
 Interruptions: everything is found out again from what lies on the device, by hashes, so a push
 that broke (cable, restart, kill) goes on in the next process as in this one.
 
 Two pushes at once: both write the same bytes to the same places, since a staged file is named by
-its content, is never shortened, and is moved only by the command that has just hashed it. If one
-takes away what the other is about to use, the other looks again, and finds it in place.
+its content, is never shortened, and is moved only by the command that has just hashed it (or, if
+no other push is at it, has waited for the end of its hashing). If one takes away what the other is
+about to use, the other looks again, and finds it in place.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from device_tests.errors import (
     ProtocolError,
     StorageFull,
 )
+from device_tests.following_hash import FollowingHash
 from device_tests.inventory import (
     Cleaned,
     Deployed,
@@ -352,15 +355,30 @@ class _Push:
                     )
                 if repair == 0:
                     self.bytes_missing += sum(piece.end - piece.begin for piece in todo)
+                following = self._follow(file, part, todo)
                 self._send(file, source, part, todo)
                 self._say("verifying", file, file.bytes)
-                if self._place(file, part) or self._is_right(file, self._target(file)):
+                if self._place(file, part, following) or self._is_right(file, self._target(file)):
                     return
                 if remote_files.sizes_bytes(self._run, [f"{self._final}/{file.name}"]) != [None]:
                     raise _LookAgain
         raise TransferDamaged(
             f"{file.name} has other bytes on the device {self._transport.serial} than were sent, "
             f"{_REPAIRS} times; try another cable or port, and look for a failing storage"
+        )
+
+    def _follow(self, file: _File, part: str, todo: list[_Range]) -> FollowingHash | None:
+        """Have the file hashed behind what is sent, if that is its whole rest in several chunks."""
+        count = sum(piece.end - piece.begin for piece in todo)
+        if len(todo) < 2 or todo[0].begin + count != file.bytes:
+            return None
+        return FollowingHash.start(
+            self._run,
+            part,
+            f"{self.layout.staging}/{file.sha256}",
+            file.bytes,
+            self._chunk_bytes,
+            self._hash_program,
         )
 
     def _send(self, file: _File, source: BinaryIO, part: str, todo: list[_Range]) -> None:
@@ -427,24 +445,27 @@ class _Push:
             for position in range(first, file.bytes, chunk)
         ]
 
-    def _place(self, file: _File, remote: str) -> bool:
+    def _place(self, file: _File, remote: str, following: FollowingHash | None = None) -> bool:
         """Hash `remote` on the device and, if it is right, move it into the staged folder.
 
+        following: has hashed it already; only the right hash counts, else all is hashed here.
         Raises _LookAgain if it is gone, or another push put something else there meanwhile.
         """
         target = self._target(file)
         # One command, so that little comes between. The inode tells whether what was moved is what
         # was hashed.
+        followed = "h=; " if following is None else following.finish_command(file.bytes)
         command = (
             f"p={quote(remote)}; t={quote(target)}; d={quote(str(PurePosixPath(target).parent))}; "
             'gone() { if [ -f "$p" ] && [ -d "$d" ]; then exit 1; fi; echo gone; exit 0; }; '
             '[ -f "$p" ] || gone; i=$(stat -c %i "$p") || gone; '
+            f'{followed}[ "${{h%% *}}" = {file.sha256} ] || '
             f'h=$({self._hash_program} < "$p") || gone; '
             f'if [ "${{h%% *}}" != {file.sha256} ]; then echo differs; exit 0; fi; '
             'mv -f "$p" "$t" || gone; '
             'if [ "$(stat -c %i "$t")" = "$i" ]; then echo placed; else echo gone; fi'
         )
-        said = self._run(command, remote_files.patience_s(file.bytes)).text.strip()
+        said = self._run(command, 2 * remote_files.patience_s(file.bytes)).text.strip()
         if said == "placed":
             self._placed_bytes += file.bytes
             return True
@@ -484,8 +505,9 @@ class _Push:
 
     def _remove_leftovers(self) -> None:
         """Remove what other pushes of this content may have left."""
-        suffixes = ("part", "ln", "cp")
-        paths = [f"{self.layout.staging}/{f.sha256}.{s}" for f in self.files for s in suffixes]
+        staging, ours = self.layout.staging, {file.sha256 for file in self.files}
+        names = remote_files.names(self._run, staging)
+        paths = [f"{staging}/{name}" for name in names if name.split(".")[0] in ours]
         remote_files.remove(self._run, [*paths, self._staged])
         self._progress(self.total_bytes, self.total_bytes, "done")
 

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 
@@ -49,6 +48,7 @@ from export.bundle import (
 )
 from quantize.errors import BundleError, InputError
 from tests.folder_transport import FolderTransport
+from tests.small_systems import SMALL_SYSTEMS, small_device
 
 CHUNK = 64 * 1024
 ODD_NAMES = (
@@ -298,6 +298,45 @@ def test_a_manifest_that_promises_the_content_wrongly_is_found_out(
     assert done.bytes_sent == whole_bytes(bundle)
     assert open_bundle(done.remote_folder, verify=True)
     assert (folder / "lie").read_bytes() == bytes(entry.bytes), "a link to it was written through"
+
+
+# Hashing behind the sender
+
+
+def test_every_byte_is_hashed_once(bundle: Bundle, root: str, tmp_path: Path) -> None:
+    """Files of several chunks while they are sent, the others afterwards; none of them twice."""
+    tools, log = tmp_path / "tools", tmp_path / "hashed"
+    tools.mkdir()
+    script = f"t=$(mktemp); cat >$t; wc -c <$t >>{log}; sha256sum <$t; rm $t"
+    (tools / "openssl").write_text(f"#!/bin/sh\n{script}\n")
+    (tools / "openssl").chmod(0o755)
+    device = FolderTransport(path=f"{tools}:{os.environ['PATH']}")
+    push(device, bundle, root)
+    assert_whole(bundle, root)
+    hashed = sorted(int(line) for line in log.read_text().split())
+    known_text = len("pocketdiff")
+    expected = [entry.bytes for entry in bundle.files.values()] + [manifest_bytes(bundle)]
+    assert hashed == sorted([known_text, *expected])
+    followed = [command for command in device.commands if "setsid" in command]
+    assert len(followed) == 2, "head.pte and layers.pte have several chunks"
+
+
+@pytest.mark.parametrize("setsid", ["exit 127", "exec sleep 0", "sleep 0.3; kill -9 $$"])
+def test_without_a_hash_from_behind_the_file_is_hashed_in_the_end(
+    bundle: Bundle, root: str, tmp_path: Path, setsid: str
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "setsid").write_text(f"#!/bin/sh\n{setsid}\n")
+    (tools / "setsid").chmod(0o755)
+    device = FolderTransport(path=f"{tools}:{os.environ['PATH']}")
+    device.damage = lambda offset, data: bytes(len(data)) if offset == 0 else data
+    with pytest.raises(TransferDamaged):
+        push(device, bundle, root)
+    assert_nothing_to_run(root)
+    device.damage = lambda _, data: data
+    push(device, bundle, root)
+    assert_whole(bundle, root)
 
 
 # Interruptions
@@ -756,46 +795,10 @@ def test_clean_waits_for_a_benchmark_unless_forced(
 # The shells and tools of small systems
 
 
-def small_system(name: str, packages: tuple[str, ...], folder: Path) -> Path:
-    """The unpacked Debian packages, fetched to `folder`; skips where that is not possible."""
-    try:
-        for command in (
-            ["apt-get", "download", *packages],
-            *(["sh", "-c", f"dpkg -x {package}_*.deb ."] for package in packages),
-        ):
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"{name} cannot be fetched as a Debian package: {error}")
-    return folder
-
-
-@pytest.fixture(scope="session", params=["toybox with mksh", "busybox"])
-def small_device(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> FolderTransport:
-    """Commands by the shell and the tools of Android (without `dd`, which Debian leaves out of
-    toybox), or by those of busybox."""
-    folder = tmp_path_factory.mktemp("small")
-    tools = folder / "tools"
-    tools.mkdir()
-    packages = ("busybox",) if request.param == "busybox" else ("busybox", "toybox", "mksh")
-    small_system(request.param, packages, folder)
-    busybox, toybox = folder / "bin" / "busybox", folder / "bin" / "toybox"
-    if request.param == "busybox":
-        main, names, shell = busybox, [str(busybox), "--list"], (str(busybox), "sh")
-    else:
-        main, names, shell = toybox, [str(toybox)], (str(folder / "bin" / "mksh"),)
-    for tool in subprocess.run(names, check=True, capture_output=True, text=True).stdout.split():
-        (tools / tool).symlink_to(main)
-    if not (tools / "dd").exists():
-        (tools / "dd").symlink_to(busybox)
-    return FolderTransport(path=str(tools), shell=shell)
-
-
-def test_small_systems_do_the_same(
-    small_device: FolderTransport, bundle: Bundle, root: str, tmp_path: Path
-) -> None:
-    device = small_device
+@pytest.mark.parametrize("system", SMALL_SYSTEMS)
+def test_small_systems_do_the_same(system: str, bundle: Bundle, root: str, tmp_path: Path) -> None:
+    (tmp_path / "system").mkdir()
+    device = small_device(system, tmp_path / "system")
     device.cut_after_bytes = 2 * CHUNK + 100
     part = Path(root, "staging", f"{bundle.files['layers.pte'].sha256}.part")
     part.parent.mkdir(parents=True)

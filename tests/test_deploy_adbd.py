@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -223,16 +224,26 @@ def test_bytes_that_change_on_the_storage_are_sent_again(
     local_device: LocalDevice,
     transport: Transport,
     bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     part = local_device.path(f"{DEVICE_ROOT}/staging/{bundle.files['head.pte'].sha256}.part")
 
-    def damage() -> None:
-        with part.open("r+b") as file:
-            first = file.read(1)
-            file.seek(0)
-            file.write(bytes([first[0] ^ 1]))
+    plain = transport.push
 
-    done = push(transport, bundle, progress=once(5 * CHUNK, damage))
+    def push_and_damage(source: BinaryIO, remote: str, length: int, **options: Any) -> None:
+        plain(source, remote, length, **options)
+        if options["offset"] == 4 * CHUNK and not damaged:
+            with part.open("r+b") as file:
+                file.seek(4 * CHUNK)
+                first = file.read(1)
+                file.seek(4 * CHUNK)
+                file.write(bytes([first[0] ^ 1]))
+            damaged.append(part)
+
+    damaged: list[Path] = []
+    monkeypatch.setattr(transport, "push", push_and_damage)
+    done = push(transport, bundle)
+    assert damaged
     assert_whole(local_device, bundle, done)
     assert done.bytes_sent == whole_bytes(bundle) + CHUNK
 
