@@ -166,7 +166,7 @@ def _measure(arguments: argparse.Namespace, shape: Shape) -> dict:
     _C._unsafe_reset_threadpool(arguments.threads)
     from executorch.runtime import Runtime
 
-    from export.models.experts import choose_expert_computation
+    from export.expert_choice import choose_expert_computation
 
     methods = {}
     for form in FORMS:

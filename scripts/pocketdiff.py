@@ -17,10 +17,11 @@ import warnings
 import typer
 
 from quantize.errors import UserError
-from scripts import device_verbs, model_verbs
+from scripts import device_verbs, model_verbs, plan_verb
 from scripts.console import err_console
 
 VERBS = (
+    plan_verb.plan,
     model_verbs.quantize,
     model_verbs.export,
     model_verbs.inspect,

@@ -28,7 +28,7 @@ from tests.toy_model import INFO
 
 ROOT = Path(__file__).parent.parent
 VERBS = (
-    *("quantize", "export", "inspect", "generate", "evaluate"),
+    *("plan", "quantize", "export", "inspect", "generate", "evaluate"),
     *("devices", "push", "report", "compare", "clean"),
 )
 

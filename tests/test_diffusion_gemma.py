@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from export.expert_choice import choose_expert_computation
 from export.models.diffusion_gemma import build_layers
-from export.models.experts import choose_expert_computation
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError
 from tests import hf_reference

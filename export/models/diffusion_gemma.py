@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.expert_choice import ExpertComputation
 from export.lookup import lookup_table
 from export.models.blocks import (
     MASKED,
@@ -26,7 +27,6 @@ from export.models.blocks import (
 from export.models.experts import (
     DenseExperts,
     Expert,
-    ExpertComputation,
     GatheredExperts,
     stack_experts,
 )

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from export.bundle import Experts, ModelInfo, Sampler, SpecialTokens
+from export.expert_choice import choose_expert_computation
 from export.head import DiffusionHead, head_example_inputs
 from export.models.diffusion_gemma import EMBEDDING_NAME, DiffusionGemmaConfig, build_layers
-from export.models.experts import choose_expert_computation
 from export.staging import (
     HEAD_INPUTS,
     HEAD_OUTPUTS,

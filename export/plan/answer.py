@@ -1,0 +1,253 @@
+"""Everything `pocketdiff plan` says of one model: on every device asked for, ready to print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from export.plan.break_even import (
+    Acceptance,
+    BreakEven,
+    Claim,
+    break_even,
+    canvas_passes,
+    claim,
+)
+from export.plan.budget import Budget, Line, budget_of_layout
+from export.plan.device import Device, names, open_device
+from export.plan.families import read_shape
+from export.plan.layout import Layout, checkpoint_bytes, lay_out
+from export.plan.presets import read_config
+from export.plan.roofline import Time, ridge, time_of
+from export.plan.shapes import ModelShape, expected_distinct
+from export.plan.work import Experts, Pass, chosen_experts, layers_pass, step_pass
+from quantize.errors import InputError
+from quantize.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """The model on one device. step: a denoising step, or a token; None where the device says too
+    little. break_even, claim: of diffusion models. tokens_per_s: at the stated acceptance, or of
+    an autoregressive model; None without."""
+
+    device: Device
+    budget: Budget
+    ridge: float | None
+    step: Time | None
+    break_even: BreakEven | None
+    claim: Claim | None
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The model, its passes (a step first), and every device."""
+
+    model: str
+    shape: ModelShape
+    recipe_name: str
+    layout: Layout
+    checkpoint_bytes: int
+    lines: tuple[Line, ...]
+    passes: tuple[Pass, ...]
+    on_devices: tuple[OnDevice, ...]
+    acceptance: Acceptance | None
+    tokens: int
+    steps: int
+
+    @property
+    def claim_title(self) -> str:
+        """What the example says."""
+        return f"the example: {self.tokens} tokens in {self.steps} steps and a commit"
+
+    def experts_touched(self, item: Pass) -> float | None:
+        """Expected number of distinct experts of a layer in a pass; None without experts."""
+        if not self.shape.num_experts:
+            return None
+        return expected_distinct(self.shape.num_experts, self.shape.top_k, item.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON document; bytes, ms, tokens/s."""
+        shape = self.shape
+        return {
+            "model": self.model,
+            "family": shape.family,
+            "style": shape.style,
+            "canvas_length": shape.canvas_length,
+            "recipe": self.recipe_name,
+            "context": self.layout.context,
+            "parameters": {
+                "total": shape.total_parameters,
+                "active": shape.active_parameters,
+                "by_part": shape.parameters_by_part(),
+            },
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "bundle_bytes": self.layout.file_bytes,
+            "memory": [
+                {"what": line.what, "kind": line.kind, "bytes": line.bytes} for line in self.lines
+            ],
+            "passes": [
+                {
+                    "name": item.name,
+                    "rows": item.rows,
+                    "operations": item.operations,
+                    "bytes": item.bytes,
+                    "intensity": item.intensity,
+                    "experts_touched": self.experts_touched(item),
+                    "by_kind": {
+                        kind or "embedding": {"operations": operations, "bytes": moved}
+                        for kind, (operations, moved) in item.of_kind().items()
+                    },
+                }
+                for item in self.passes
+            ],
+            "devices": [_device_json(entry) for entry in self.on_devices],
+        }
+
+
+def answer(
+    model: str,
+    *,
+    recipe: Recipe | None,
+    devices: Sequence[str] | None = None,
+    context: int | None = None,
+    available_bytes: int | None = None,
+    acceptance: Acceptance | None = None,
+    steps: int = 30,
+    tokens: int = 256,
+) -> Answer:
+    """Plan a model, given as a preset, a folder or a config.json, for devices (None: all known).
+
+    Raises InputError, CheckpointError, RecipeError: a model, device, recipe or length that cannot
+    be.
+    """
+    name, config = read_config(model)
+    shape = read_shape(config)
+    context = shape.default_context if context is None else context
+    if not shape.canvas_length <= context <= shape.maximum_positions:
+        raise InputError(
+            f"a context of {context} is not from the canvas of {shape.canvas_length} to the "
+            f"{shape.maximum_positions} positions of config.json; give one that is"
+        )
+    layout = lay_out(shape, recipe, context=context)
+    entries = tuple(
+        _on_device(
+            layout, open_device(known), available_bytes, acceptance, tokens=tokens, steps=steps
+        )
+        for known in devices or names()
+    )
+    return Answer(
+        model=name,
+        shape=shape,
+        recipe_name="none (fp32)" if recipe is None else recipe.name,
+        layout=layout,
+        checkpoint_bytes=checkpoint_bytes(shape, recipe),
+        lines=budget_of_layout(layout, None).lines,
+        passes=_passes(shape, recipe, context),
+        on_devices=entries,
+        acceptance=acceptance,
+        tokens=tokens,
+        steps=steps,
+    )
+
+
+def _passes(shape: ModelShape, recipe: Recipe | None, context: int) -> tuple[Pass, ...]:
+    prefill = layers_pass(
+        shape, recipe, rows=shape.prefill_length(context), context=context, name="prefill chunk"
+    )
+    if shape.style == "autoregressive":
+        return step_pass(shape, recipe, context=context), prefill
+    step, commit = canvas_passes(shape, recipe, context=context)
+    return step, commit, prefill, step_pass(shape.twin(), recipe, context=context)
+
+
+def _on_device(
+    layout: Layout,
+    device: Device,
+    available_bytes: int | None,
+    acceptance: Acceptance | None,
+    *,
+    tokens: int,
+    steps: int,
+) -> OnDevice:
+    shape, recipe, context = layout.shape, layout.recipe, layout.context
+    budget = budget_of_layout(layout, device, available_bytes)
+    if device.value("memory_gb_s") is None or device.peak_gops("int8") is None:
+        return OnDevice(device, budget, None, None, None, None, None)
+    experts: Experts = chosen_experts(shape) if device.is_measured else "routed"
+    step = time_of(step_pass(shape, recipe, context=context, experts=experts), device)
+    found = made = None
+    rate = 1000.0 / step.ms if shape.style == "autoregressive" else None
+    if shape.style != "autoregressive":
+        found = break_even(shape, recipe, device, context=context, acceptance=acceptance)
+        made = claim(shape, recipe, device, context=context, tokens=tokens, steps=steps)
+        own = next(point for point in found.points if point.length == shape.canvas_length)
+        rate = own.tokens_per_s
+    return OnDevice(device, budget, ridge(device), step, found, made, rate)
+
+
+def _device_json(entry: OnDevice) -> dict[str, Any]:
+    budget = entry.budget
+    document: dict[str, Any] = {
+        "device": entry.device.name,
+        "price_class": entry.device.price_class,
+        "verdict": budget.verdict,
+        "reason": budget.reason,
+        "needed_bytes": budget.total_bytes,
+        "anonymous_bytes": budget.anonymous_bytes,
+        "file_bytes": budget.file_bytes,
+        "available_bytes": budget.available_bytes,
+        "streamed_bytes": budget.streamed_bytes,
+        "streaming_ms": _streaming_ms(entry),
+        "ridge": entry.ridge,
+        "step": None if entry.step is None else _time_json(entry.step),
+        "tokens_per_s": entry.tokens_per_s,
+    }
+    if entry.break_even is not None and entry.claim is not None:
+        best = entry.break_even.best
+        document |= {
+            "token": _time_json(entry.break_even.token),
+            "twin_tokens_per_s": entry.break_even.twin_tokens_per_s,
+            "break_even": [
+                {
+                    "canvas_length": point.length,
+                    "step_ms": point.step.ms,
+                    "commit_ms": point.commit.ms,
+                    "ratio": point.ratio,
+                    "tokens_per_forward_needed": point.needed,
+                    "tokens_per_forward_accepted": point.accepted,
+                    "tokens_per_s": point.tokens_per_s,
+                }
+                for point in entry.break_even.points
+            ],
+            "best_canvas_length": None if best is None else best.length,
+            "example": {
+                "tokens": entry.claim.tokens,
+                "steps": entry.claim.steps,
+                "diffusion_ms": entry.claim.diffusion_ms,
+                "twin_ms": entry.claim.twin_ms,
+                "holds": entry.claim.holds,
+            },
+        }
+    return document
+
+
+def _streaming_ms(entry: OnDevice) -> float | None:
+    """What reading the streamed weights takes in each pass, at the flash's speed."""
+    flash = entry.device.value("flash_read_mb_s")
+    if not entry.budget.streamed_bytes or flash is None:
+        return None
+    return entry.budget.streamed_bytes / 1e3 / flash
+
+
+def _time_json(time: Time) -> dict[str, Any]:
+    return {
+        "best_ms": time.best_ms,
+        "expected_ms": time.expected_ms,
+        "memory_ms": time.memory_ms,
+        "arithmetic_ms": time.arithmetic_ms,
+        "bound": time.bound,
+        "share_of_roofline": time.share,
+    }
