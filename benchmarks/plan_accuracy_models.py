@@ -20,9 +20,9 @@ from typing import Any
 class Model:
     """A config of transformers, and what our exporter is told.
 
-    kind: `qwen3`, `diffusion_gemma`, `gemma4_text` or `hrm_text`. config: changes to the class's
-    defaults. written: changes to the config.json that is written, such as another model_type of the
-    same layers. context: positions of the KV cache. recipe: of the quantizer.
+    kind: `qwen3`, `diffusion_gemma` or `hrm_text`. config: changes to the class's defaults.
+    written: changes to the config.json that is written, such as another model_type of the same
+    layers. context: positions of the KV cache. recipe: of the quantizer.
     """
 
     kind: str
@@ -38,12 +38,12 @@ _DENSE_SMALL = {
     "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
 _DENSE_LARGE = _DENSE_SMALL | {
-    "vocab_size": 65_536, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 3, "head_dim": 128,
 }  # fmt: skip
 _BLOCKS = {"model_type": "a2d-qwen3", "block_size": 32, "mask_token_id": 7, "eos_token_id": 1}
 _CAUSAL = {"eos_token_id": 1}
-_GEMMA = {"vocab_size": 32_768, "max_position_embeddings": 4096, "sliding_window": 256}
-_DIFFUSION_SMALL = _GEMMA | {
+_DIFFUSION_SMALL = {
+    "vocab_size": 32_768, "max_position_embeddings": 4096, "sliding_window": 256,
     "hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 4,
     "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 96, "global_head_dim": 192,
@@ -51,19 +51,8 @@ _DIFFUSION_SMALL = _GEMMA | {
     "moe_intermediate_size": 512, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 _DIFFUSION_LARGE = _DIFFUSION_SMALL | {
-    "vocab_size": 65_536, "hidden_size": 1536, "intermediate_size": 3072, "num_experts": 16,
-    "top_k_experts": 4, "moe_intermediate_size": 768,
-}  # fmt: skip
-_GEMMA4_SMALL = _GEMMA | {
-    "vocab_size_per_layer_input": 32_768, "hidden_size": 1024, "intermediate_size": 4096,
-    "num_hidden_layers": 6, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
-    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128, "global_head_dim": 256,
-    "hidden_size_per_layer_input": 128, "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
-    "final_logit_softcapping": 30.0, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
-_GEMMA4_LARGE = _GEMMA4_SMALL | {
-    "vocab_size": 65_536, "vocab_size_per_layer_input": 65_536, "hidden_size": 1536,
-    "intermediate_size": 6144, "hidden_size_per_layer_input": 256,
+    "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"], "moe_intermediate_size": 1024,
 }  # fmt: skip
 _HRM_SMALL = {
     "vocab_size": 32_768, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 3,
@@ -71,7 +60,7 @@ _HRM_SMALL = {
     "H_cycles": 2, "L_cycles": 2, "eos_token_id": 1,
 }  # fmt: skip
 _HRM_LARGE = _HRM_SMALL | {
-    "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 4, "head_dim": 96,
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2, "head_dim": 128,
 }  # fmt: skip
 
 MODELS = {
@@ -79,14 +68,11 @@ MODELS = {
     "masked-large": Model("qwen3", _DENSE_LARGE, 1024, _BLOCKS),
     "uniform-small": Model("diffusion_gemma", _DIFFUSION_SMALL, 512),
     "uniform-large": Model("diffusion_gemma", _DIFFUSION_LARGE, 1024),
-    "causal-small": Model("qwen3", _DENSE_SMALL, 512, _CAUSAL),
-    "causal-large": Model("qwen3", _DENSE_LARGE, 1024, _CAUSAL),
-    "gemma4-small": Model("gemma4_text", _GEMMA4_SMALL, 512),
-    "gemma4-large": Model("gemma4_text", _GEMMA4_LARGE, 1024),
     "hrm-small": Model("hrm_text", _HRM_SMALL, 256),
     "hrm-large": Model("hrm_text", _HRM_LARGE, 512),
+    "causal-small": Model("qwen3", _DENSE_SMALL, 512, _CAUSAL),
 }
-"""Two sizes of five families; `causal` is the autoregressive twin of `masked`."""
+"""Two sizes of three families; `causal` is the autoregressive twin of `masked`."""
 
 _CANVAS = {"uniform-small": 64, "uniform-large": 128}
 _VISION = {
@@ -125,8 +111,6 @@ def write_checkpoint(folder: Path, name: str) -> None:
             made: Any = transformers.Qwen3ForCausalLM(config)
         case "hrm_text":
             made = transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**model.config))
-        case "gemma4_text":
-            made = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**model.config))
         case _:
             config = transformers.DiffusionGemmaConfig(
                 text_config=model.config, vision_config=_VISION, canvas_length=_CANVAS[name]

@@ -67,9 +67,10 @@ def read_program_memory(path: str | os.PathLike[str]) -> ProgramMemory:
 def _read(data: mmap.mmap, size: int) -> ProgramMemory:
     program = _Table(data, struct.unpack_from("<I", data, 0)[0])
     segments = [table.u64(_SEGMENT_SIZE) for table in program.tables(_PROGRAM_SEGMENTS)]
-    planned = 0
-    for plan in program.tables(_PROGRAM_PLANS):
-        planned += sum(plan.i64s(_PLAN_BUFFERS))
+    plans = program.tables(_PROGRAM_PLANS)
+    if not plans:
+        raise ValueError("it has no method")
+    planned = sum(sum(plan.i64s(_PLAN_BUFFERS)) for plan in plans)
     constants: set[int] = set()
     section = program.table(_PROGRAM_CONSTANTS)
     if section is not None and section.count(_CONSTANTS_OFFSETS):

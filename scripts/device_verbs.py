@@ -85,9 +85,13 @@ def push(
     """Bring a bundle to a device: only what is missing, verified there, whole or not at all."""
     bundle = _verified(folder)
     with _device(serial, via, local) as transport:
+        memory = _tell_memory(transport, bundle)
         deployment = _deploy(transport, bundle)
     if as_json:
-        print_json({"device": transport.serial, "via": transport.kind} | asdict(deployment))
+        print_json(
+            {"device": transport.serial, "via": transport.kind, "memory": memory}
+            | asdict(deployment)
+        )
         return
     rate = deployment.bytes_sent / deployment.seconds if deployment.seconds else 0
     out_console().print(
@@ -235,6 +239,7 @@ def bench(
 
     with _device(serial, via, local) as transport:
         runner = remote_run.choose_runner(conditions.read_device(transport).android_sdk)
+        _tell_memory(transport, bundle)
         deployment = _deploy(transport, bundle)
         with reporting("measuring") as reporter:
             outcome = benches.bench(
@@ -274,6 +279,20 @@ def report(
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report as Markdown.")
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Show what `plan` predicts of this model beside the measured."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="The device that it was measured on: a name or its TOML file."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="The recipe of that model, or none.")] = "int4-g32",
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Positions of its KV cache (default: as `export`).")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -287,19 +306,43 @@ def report(
     if not found:
         raise InputError(f"{', '.join(map(str, results))}: no runs in it; run `pocketdiff bench`")
     summary = reports.summarize(found)
+    predicted = _predictions(summary, plan, device, recipe, context)
     if html is not None:
         with reporting("drawing"):
             _write(html, reports.to_html(found))
     if markdown is not None:
         _write(markdown, reports.to_markdown(summary))
     if as_json:
-        print_json(reports.to_json(summary))
+        more = {"predictions": [item.to_json() for item in predicted]} if predicted else {}
+        print_json(reports.to_json(summary) | more)
         return
     console = out_console()
     console.print(reports.to_rich(summary))
+    if predicted:
+        from device_tests.prediction import to_rich
+
+        console.print(to_rich(predicted))
     for target in (html, markdown):
         if target is not None:
             console.print(f"wrote {target}", soft_wrap=True, markup=False)
+
+
+def _predictions(
+    summary: Any, plan: str | None, device: str | None, recipe: str, context: int | None
+) -> Any:
+    """What `plan` says of the model; nothing if none was given."""
+    if plan is None and device is None:
+        return ()
+    if plan is None or device is None:
+        raise InputError("--plan and --device go together; give both, or neither")
+    from device_tests.prediction import predictions
+    from export.plan.device import open_device
+    from export.plan.families import read_shape
+    from export.plan.presets import read_config
+    from scripts.plan_verb import read_recipe
+
+    shape = read_shape(read_config(plan)[1])
+    return predictions(summary, shape, read_recipe(recipe), open_device(device), context)
 
 
 def compare(
@@ -395,6 +438,16 @@ def _local_device() -> Iterator[str]:
 
 def _tell(sentence: str) -> None:
     err_console().print(_inert(sentence), soft_wrap=True, markup=False)
+
+
+def _tell_memory(transport: Transport, bundle: Bundle) -> dict[str, object] | None:
+    """Warn before a run that cannot be expected to fit; its budget, None where it is not known."""
+    from device_tests.memory_budget import run_budget
+
+    found = run_budget(transport, bundle)
+    if found is not None and found.warning is not None:
+        _tell(f"warning: {found.warning}")
+    return None if found is None else found.to_json()
 
 
 def _deploy(transport: Transport, bundle: Bundle) -> Deployment:

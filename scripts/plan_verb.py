@@ -22,6 +22,7 @@ from scripts.console import (
 
 if TYPE_CHECKING:
     from export.plan.answer import Answer, OnDevice
+    from quantize.recipe import Recipe
 
 VERDICT_STYLE = {
     "fits": "green", "tight": "yellow", "needs streaming": "magenta", "refuses": "red",
@@ -123,7 +124,7 @@ def plan(
     known = Acceptance(points) if points else None
     found = answer(
         model,
-        recipe=_recipe(recipe),
+        recipe=read_recipe(recipe),
         devices=devices,
         context=context,
         available_bytes=None if memory is None else round(memory * 2**30),
@@ -143,7 +144,8 @@ def plan(
         out_console().print(f"wrote {plot}", soft_wrap=True, markup=False)
 
 
-def _recipe(name: str) -> Any:
+def read_recipe(name: str) -> Recipe | None:
+    """A recipe by name or file; None for `none`. Raises InputError or RecipeError."""
     if name == "none":
         return None
     import json

@@ -21,11 +21,13 @@ Kind = Literal["anonymous", "file"]
 COMFORTABLE = 0.9
 """Share of what can be had up to which a model fits; beyond it is tight."""
 
-RUNTIME_ANONYMOUS_BYTES = 64 * 2**20
-RUNTIME_FILE_BYTES = 32 * 2**20
-"""Of a process without a model, where the device's file says nothing: an assumption, for a native
-runtime. The Linux runner of this project is a Python process and takes far more, which
-`plan --measure` measures."""
+NATIVE_RUNTIME = (64 * 2**20, 32 * 2**20)
+"""Anonymous and file-backed bytes of a process without a model, where the device's file says
+nothing: an assumption, for a native runtime."""
+
+LINUX_RUNNER = (150 * 2**20, 88 * 2**20)
+"""The same of this project's Linux runner, a Python process with PyTorch in it: measured on x86-64,
+as `plan --measure` does (benchmarks/results/plan_accuracy.txt)."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,14 @@ def budget_of_bundle(
     bundle: Bundle,
     device: Device | None,
     available_bytes: int | None = None,
+    *,
     workspace_bytes: int = 0,
+    runtime: tuple[int, int] = NATIVE_RUNTIME,
 ) -> Budget:
     """The budget of a bundle, from what its program files say of themselves.
 
-    workspace_bytes: of the backend, which the files do not say. Raises BundleError for a program
-    that cannot be read.
+    workspace_bytes: of the backend, which the files do not say. runtime: of a process without a
+    model, if the device does not say. Raises BundleError for a program that cannot be read.
     """
     lines, packed = [], 0
     for stage in bundle.manifest.stages:
@@ -124,24 +128,22 @@ def budget_of_bundle(
             packed += memory.weight_bytes
     if workspace_bytes:
         lines.append(Line("backend's workspace", "anonymous", workspace_bytes))
-    lines += _runtime(device)
+    lines += _runtime(device, runtime)
     kept = tuple(line for line in lines if line.bytes)
     return _judged(kept, _available(device, available_bytes), packed, packed)
 
 
-def _runtime(device: Device | None) -> list[Line]:
-    anonymous = file = None
-    if device is not None:
-        anonymous = device.value("runtime_anonymous_mib")
-        file = device.value("runtime_file_mib")
-    said = "runtime, measured" if anonymous is not None else "runtime, assumed"
+def _runtime(device: Device | None, assumed: tuple[int, int] = NATIVE_RUNTIME) -> list[Line]:
+    anonymous = None if device is None else device.value("runtime_anonymous_mib")
+    file = None if device is None else device.value("runtime_file_mib")
+    if anonymous is None or file is None:
+        return [
+            Line("runtime, assumed", "anonymous", assumed[0]),
+            Line("runtime, assumed", "file", assumed[1]),
+        ]
     return [
-        Line(
-            said,
-            "anonymous",
-            RUNTIME_ANONYMOUS_BYTES if anonymous is None else round(anonymous * 2**20),
-        ),
-        Line(said, "file", RUNTIME_FILE_BYTES if file is None else round(file * 2**20)),
+        Line("runtime, measured", "anonymous", round(anonymous * 2**20)),
+        Line("runtime, measured", "file", round(file * 2**20)),
     ]
 
 
