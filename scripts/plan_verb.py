@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +45,10 @@ def plan(
             help="A device's name or its TOML file; may be repeated (default: all known ones).",
         ),
     ] = None,
+    processor: Annotated[
+        Literal["cpu", "npu"],
+        typer.Option(help="Which of the device's processors; npu: where its peak is known."),
+    ] = "cpu",
     recipe: Annotated[
         str,
         typer.Option(help="Name of a recipe (int4-g32, ...), a recipe's JSON file, or none."),
@@ -131,6 +135,7 @@ def plan(
         acceptance=known,
         steps=steps,
         tokens=tokens,
+        npu=processor == "npu",
     )
     if plot is not None:
         from export.plan.plot import draw

@@ -68,6 +68,18 @@ def test_an_autoregressive_model_has_no_break_even(capfd: pytest.CaptureFixture[
     )
 
 
+def test_the_example_holds_on_an_npu_and_not_on_the_cores_beside_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = ("diffusiongemma-26b-a4b", "--device", "jetson-orin-nano")
+    cores = document(capfd, *words)["devices"][0]
+    npu = document(capfd, *words, "--processor", "npu")["devices"][0]
+    assert not cores["example"]["holds"] and npu["example"]["holds"]
+    # Memory is the same, so a token of the twin is; the canvas is not.
+    assert npu["token"]["memory_ms"] == cores["token"]["memory_ms"]
+    assert npu["step"]["best_ms"] < cores["step"]["best_ms"] / 10
+
+
 def test_memory_and_recipe_and_context_change_the_answer(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -107,6 +119,10 @@ def test_the_break_even_is_drawn(
         (["gemma-4-e2b", "--plot", "x.png"], "has no break-even"),
         (["sdar-4b", "--plot", "x.gif"], "neither .png nor .html"),
         (["--measure", "device.json"], "does not end in .toml"),
+        (
+            ["sdar-4b", "--processor", "npu", "--device", "oneplus-12"],
+            "the NPU of oneplus-12 has no known peak",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(

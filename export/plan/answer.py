@@ -15,7 +15,7 @@ from export.plan.break_even import (
     claim,
 )
 from export.plan.budget import Budget, Line, budget_of_layout
-from export.plan.device import Device, names, open_device
+from export.plan.device import Device, names, on_npu, open_device
 from export.plan.families import read_shape
 from export.plan.layout import Layout, checkpoint_bytes, lay_out
 from export.plan.presets import read_config
@@ -117,8 +117,11 @@ def answer(
     acceptance: Acceptance | None = None,
     steps: int = 30,
     tokens: int = 256,
+    npu: bool = False,
 ) -> Answer:
     """Plan a model, given as a preset, a folder or a config.json, for devices (None: all known).
+
+    npu: on their NPUs; of all known devices then only those whose NPU is known.
 
     Raises InputError, CheckpointError, RecipeError: a model, device, recipe or length that cannot
     be.
@@ -132,11 +135,13 @@ def answer(
             f"{shape.maximum_positions} positions of config.json; give one that is"
         )
     layout = lay_out(shape, recipe, context=context)
+    found = [open_device(known) for known in devices or names()]
+    if npu:
+        known = [device for device in found if device.value("npu_int8_gops") is not None]
+        found = [on_npu(device) for device in (found if devices else known)]
     entries = tuple(
-        _on_device(
-            layout, open_device(known), available_bytes, acceptance, tokens=tokens, steps=steps
-        )
-        for known in devices or names()
+        _on_device(layout, device, available_bytes, acceptance, tokens=tokens, steps=steps)
+        for device in found
     )
     return Answer(
         model=name,

@@ -10,7 +10,7 @@ import json
 import tomllib
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, isfinite, log
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,26 @@ class Device:
         if known is None and (rate := self.rates.get(arithmetic)) is not None:
             return max(gops for _, gops in rate.points)
         return known
+
+
+def on_npu(device: Device) -> Device:
+    """The same device with its NPU in the place of its cores: peaks of the NPU, memory as it is,
+    nothing measured. Scores of attention are taken at half the int8 rate, as 16-bit products; that
+    is an assumption. Raises InputError where no figure of the NPU is known."""
+    npu = device.figures.get("npu_int8_gops")
+    if npu is None or npu.value is None:
+        said = "nothing is said of it" if npu is None else npu.source
+        raise InputError(
+            f"the NPU of {device.name} has no known peak ({said}); leave out --processor npu, or "
+            "give a device's file with npu_int8_gops"
+        )
+    peaks = {
+        "int8_gops": npu,
+        "fp32_gflops": Figure(npu.value / 2, "assumption: 16-bit products at half the int8 rate"),
+    }
+    return replace(
+        device, name=f"{device.name} (NPU)", figures={**device.figures, **peaks}, rates={}
+    )
 
 
 def names() -> tuple[str, ...]:
