@@ -13,6 +13,7 @@ from adb_shell.transport.base_transport import BaseTransport
 from adb_shell.transport.tcp_transport import TcpTransport
 
 from device_tests.errors import DeviceGone
+from device_tests.remote_shell import excerpt
 from quantize.errors import DeviceError
 
 
@@ -79,8 +80,9 @@ def _usb_transport() -> type:
         from adb_shell.transport.usb_transport import UsbTransport
     except Exception as error:  # ImportError, OSError, or libusb's own when it cannot start
         raise DeviceError(
-            f"direct USB needs the library libusb-1.0, which is not to be had here ({error}): "
-            "install it (Debian: libusb-1.0-0) or use the device through the adb server"
+            "direct USB needs the library libusb-1.0, which cannot be loaded here: install it "
+            "(Debian: libusb-1.0-0) or use the device through the adb server "
+            f"({excerpt(str(error))})"
         ) from error
     return UsbTransport
 
