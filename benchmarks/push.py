@@ -1,19 +1,22 @@
 """Speed of a push: our two transports against the real `adb` client, to the same device and file.
 
     python -m benchmarks.push
+    python -m benchmarks.push --cable 200
 
 Starts a local device (Debian's adbd, /data in memory) and an adb server of its own on a free port,
 and pushes one random file in turn by every way, each round beginning with another one. `adb` is
 the client that comes with adbutils, as it is and with compression off (-Z); ours write the whole
 file in one call, in the 64 MiB chunks of `pocketdiff push`, or are all that `pocketdiff push` does
 with a bundle of that file: chunks, SHA-256 on the device, `sync`, renaming. After the first round
-each way's file is compared by SHA-256 on the device.
+each way's file is compared by SHA-256 on the device. --cable N: all of it goes through a relay that
+lets N MiB pass in a second, as a cable would; loopback is faster than any.
 
 stdout: a table for people; the last line is one JSON document.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import socket
@@ -21,8 +24,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cable", type=int, metavar="MIB_PER_S", help="default: no limit")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = _random_bundle(Path(folder) / "bundle", arguments.mib * MIB)
@@ -61,7 +67,8 @@ def main() -> None:
         with LocalDevice(device_folder, data_bytes=(arguments.mib + 256) * MIB) as device:
             try:
                 adb_server.start_server()
-                seconds = _measure(device, bundle, arguments.rounds)
+                with _cable(device.port, arguments.cable) as port:
+                    seconds = _measure(port, bundle, arguments.rounds)
             finally:
                 subprocess.run([adbutils.adb_path(), "kill-server"], check=False)
     _report(arguments, seconds)
@@ -91,12 +98,50 @@ def _private_server_environment(home: str) -> None:
     os.environ.update(ANDROID_ADB_SERVER_PORT=str(port), HOME=home, ADB_USB="0", ADB_MDNS="0")
 
 
-def _measure(device: LocalDevice, bundle: Bundle, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round by way."""
+@contextmanager
+def _cable(device_port: int, mib_per_s: int | None) -> Iterator[int]:
+    """The port by which the device is reached: its own, or that of a relay in another process."""
+    if mib_per_s is None:
+        yield device_port
+        return
+    listener = socket.create_server(("127.0.0.1", 0))
+    relay = multiprocessing.get_context("fork").Process(
+        target=_relay, args=(listener, device_port, mib_per_s * MIB), daemon=True
+    )
+    relay.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        relay.terminate()
+        relay.join()
+
+
+def _relay(listener: socket.socket, device_port: int, bytes_per_s: int) -> None:
+    while True:
+        here, _ = listener.accept()
+        there = socket.create_connection(("127.0.0.1", device_port))
+        for source, sink in ((here, there), (there, here)):
+            threading.Thread(target=_carry, args=(source, sink, bytes_per_s), daemon=True).start()
+
+
+def _carry(source: socket.socket, sink: socket.socket, bytes_per_s: int) -> None:
+    """One direction of one connection. What waited makes up for it by 10 ms at most."""
+    buffer = memoryview(bytearray(MIB))
+    free_at = 0.0
+    while count := source.recv_into(buffer):
+        free_at = max(free_at, time.monotonic() - 0.01) + count / bytes_per_s
+        time.sleep(max(0.0, free_at - time.monotonic()))
+        sink.sendall(buffer[:count])
+    sink.shutdown(socket.SHUT_RDWR)
+
+
+def _measure(port: int, bundle: Bundle, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round by way, to the device at a port of loopback."""
     source, digest = bundle.path(FILE), bundle.files[FILE].sha256
-    server = adb_server.open_server(device.serial)
-    direct = adb_direct.open_tcp("127.0.0.1", device.port)
-    adb = [adbutils.adb_path(), "-s", device.serial, "push"]
+    serial = f"127.0.0.1:{port}"
+    server = adb_server.open_server(serial)
+    direct = adb_direct.open_tcp("127.0.0.1", port)
+    adb = [adbutils.adb_path(), "-s", serial, "push"]
     ways: dict[str, Callable[[], None]] = {
         "adb push": lambda: _adb([*adb, str(source), REMOTE]),
         "adb push -Z": lambda: _adb([*adb, "-Z", str(source), REMOTE]),
@@ -145,8 +190,11 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> N
     from rich.console import Console
     from rich.table import Table
 
+    cable = " on loopback"
+    if arguments.cable is not None:
+        cable = f" behind a cable of {arguments.cable} MiB/s"
     table = Table(
-        title=f"{arguments.mib} MiB to one adbd on loopback, {arguments.rounds} rounds in turn",
+        title=f"{arguments.mib} MiB to one adbd{cable}, {arguments.rounds} rounds in turn",
         title_justify="left",
     )
     headings = ("way", "median MiB/s", "slowest", "fastest", "of adb push", "of adb push -Z")
@@ -170,6 +218,7 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> N
     conditions = {
         "mib": arguments.mib,
         "rounds": arguments.rounds,
+        "cable_mib_per_s": arguments.cable,
         "chunk_mib": CHUNK_BYTES // MIB,
         "cores": os.cpu_count(),
         "processor": _processor(),

@@ -93,7 +93,11 @@ def push(
             | asdict(deployment)
         )
         return
-    rate = deployment.bytes_sent / deployment.seconds if deployment.seconds else 0
+    sent, speed = "nothing, all of it was there", ""
+    if deployment.bytes_sent:
+        rest = ", the rest was there" if deployment.bytes_present else ""
+        sent = f"{size(deployment.bytes_sent)}{rest}"
+        speed = f", {size(deployment.bytes_sent / max(deployment.seconds, 1e-3))}/s"
     out_console().print(
         fact_table(
             [
@@ -101,9 +105,8 @@ def push(
                 ("bundle", deployment.bundle_id),
                 ("folder", deployment.remote_folder),
                 ("size", f"{size(deployment.bytes_total)} in {deployment.files} files"),
-                ("sent", f"{size(deployment.bytes_sent)}, the rest was there"
-                 if deployment.bytes_present else size(deployment.bytes_sent)),
-                ("time", f"{deployment.seconds:.1f} s, {size(rate)}/s, verified on the device"),
+                ("sent", sent),
+                ("time", f"{deployment.seconds:.1f} s{speed}, verified on the device"),
             ]
         )
     )  # fmt: skip

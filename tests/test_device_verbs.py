@@ -51,7 +51,8 @@ def test_a_pushed_bundle_is_there_and_clean_removes_it(
         assert [b.bundle_id for b in deployed(transport)] == [pushed["bundle_id"]]
 
         assert pocketdiff("push", toy_bundle, "--serial", serial) == 0
-        assert "the rest was there" in capfd.readouterr().out
+        out = capfd.readouterr().out
+        assert "nothing, all of it was there" in out and "/s" not in out
 
         assert pocketdiff("clean", "--bundle", pushed["bundle_id"], "--serial", serial) == 0
         assert "removed 1 bundles" in capfd.readouterr().out
