@@ -160,7 +160,8 @@ def _stage(
     if isinstance(module, Mixing):
         return stage, 4.0 * HEADS * KEYS * HEAD_DIM, 0
     if isinstance(module, Copying):
-        return stage, 0.0, 2 * 4 * COPIED_LAYERS * HEADS * KEYS * HEAD_DIM
+        # Each row is read and written twice: taken out of its cache, then stacked.
+        return stage, 0.0, 2 * 2 * 4 * COPIED_LAYERS * HEADS * KEYS * HEAD_DIM
     operators = module.operators
     return stage, float(operators * inputs[0].shape[-1]), 0
 

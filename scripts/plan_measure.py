@@ -75,11 +75,11 @@ def described(name: str, found: dict[str, Any], title: str, how: str) -> Device:
         "npu_int8_gops": Figure(None, "absent, or not measured"),
         "runtime_anonymous_mib": Figure(
             found["runtime_anonymous_bytes"] / 2**20,
-            f"measured {when} {how}: the Linux runner with its libraries, without a bundle",
+            f"measured {when} {how}: the Linux runner with its libraries after a call, no bundle",
         ),
         "runtime_file_mib": Figure(
             found["runtime_file_bytes"] / 2**20,
-            f"measured {when} {how}: the Linux runner with its libraries, without a bundle",
+            f"measured {when} {how}: the Linux runner with its libraries after a call, no bundle",
         ),
     }
     rates = {
@@ -96,7 +96,8 @@ def described(name: str, found: dict[str, Any], title: str, how: str) -> Device:
         rates=rates,
         measured=f"{when} {how} by `pocketdiff plan --measure`, with {threads} threads: products "
         "of 2048 x 2048 weights in chains larger than the caches (int4 in groups of 32, int8), "
-        "attention products of 8 heads of 64 over 512 keys (fp32), medians of 0.4 s each",
+        "attention products of 8 heads of 64 over 512 keys (fp32); of each the fastest of three "
+        "rounds, medians in a round",
     )
 
 

@@ -341,3 +341,8 @@ def test_an_answer_is_one_document_with_every_device() -> None:
 def test_a_context_that_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="a context of 100000 is not from"):
         answer("sdar-1.7b", recipe=INT4, devices=["oneplus-12"], context=100_000)
+
+
+def test_a_measured_machine_is_among_the_devices() -> None:
+    measured = [device for device in map(open_device, names()) if device.is_measured]
+    assert measured and all("plan --measure" in device.measured for device in measured)

@@ -82,6 +82,15 @@ class Layout:
         """Of all programs together."""
         return sum(item.file_bytes for item in self.stored)
 
+    @property
+    def loading_bytes(self) -> int:
+        """Of the head in its file, all mapped while its one delegate packs them: the peak of
+        loading. A masked model's head has a delegate a chunk, and no such peak."""
+        if self.shape.style == "masked_diffusion" and not self.shape.truncation:
+            return 0
+        head = (item for item in self.stored if item.stage == "head" and item.where == "packed")
+        return sum(item.file_bytes for item in head)
+
     def weight_bytes(self, where: Where) -> int:
         """In memory, of what is stored in one kind of place."""
         return sum(item.bytes for item in self.stored if item.where == where)
