@@ -566,9 +566,9 @@ def training_batch(seed: int, step: int, tokenizer: Any) -> tuple[Tensor, ...]:
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def orthogonalized(update: Tensor) -> Tensor:
+def orthogonalized(update: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return the nearest semi-orthogonal matrices [N, R, C] by Newton-Schulz (Muon, 2024)."""
-    x = update.bfloat16()
+    x = update.to(dtype)
     flipped = x.shape[-2] > x.shape[-1]
     x = x.mT if flipped else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -579,10 +579,15 @@ def orthogonalized(update: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Muon for matrices, AdamW for everything else, with one learning-rate factor for both."""
+    """Muon for matrices, AdamW for everything else, with one learning-rate factor for both.
 
-    def __init__(self, weights: Weights, recipe: Recipe) -> None:
-        self.recipe = recipe
+    `dtype` is that of Muon's products: without bf16 instructions a CPU is faster in fp32.
+    """
+
+    def __init__(
+        self, weights: Weights, recipe: Recipe, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.recipe, self.dtype = recipe, dtype
         self.matrices: dict[tuple[int, ...], list[str]] = {}
         self.vectors = []
         for name, value in weights.items():
@@ -603,7 +608,8 @@ class Optimizer:
                 grad, momentum = weights[name].grad, self.momentum[name]
                 momentum.lerp_(grad, 0.05)
                 stack.append(grad.lerp(momentum, 0.95).view(-1, *shape))
-            direction = orthogonalized(torch.cat(stack)) * (0.2 * math.sqrt(max(shape)))
+            direction = orthogonalized(torch.cat(stack), self.dtype)
+            direction = direction * (0.2 * math.sqrt(max(shape)))
             rate = recipe.matrix_rate * factor
             for name, change in zip(names, direction.split([len(s) for s in stack]), strict=True):
                 weights[name].mul_(1 - rate * recipe.weight_decay)

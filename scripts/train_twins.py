@@ -7,8 +7,10 @@ exact match beside speed. Optimizer, tokenizer and data are those of `scripts.tr
 
 The masked model sees each row twice in one pass, as clean blocks and as noisy ones: a noisy block
 sees itself and the clean blocks before it, which is what a denoising step sees over its cache. Its
-noise level is uniform in 0..1 for each block; the loss is the mean cross-entropy of the masked
-positions, not weighted by the level.
+noise level is 1 for `train_demo.PURE_NOISE_SHARE` of the blocks, as when denoising starts, and
+uniform in 0..1 for the others; the loss is the mean cross-entropy of the masked positions, not
+weighted by the level. Its folder is in SDAR's format (arXiv 2510.06303): Qwen3's tensors, blocks,
+and a confidence threshold that lets several positions through in one step.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +46,8 @@ from scripts.train_demo import (
 )
 
 Kind = Literal["autoregressive", "masked"]
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Tokens [B, L], prompt lengths [B] and ends [B] (behind the end token)."""
 KINDS_OF_MODEL: tuple[Kind, ...] = ("autoregressive", "masked")
 
 BLOCK = 8
@@ -51,7 +56,7 @@ LENGTH = 56
 MASK = VOCABULARY.index("<unused0>")
 CANVAS = train_demo.CANVAS_LENGTH
 STATE_FILE = "state.pt"
-STEPS_PER_SNAPSHOT = 200
+STEPS_PER_SNAPSHOT = 50
 
 
 def model_config(kind: Kind) -> dict[str, Any]:
@@ -59,8 +64,8 @@ def model_config(kind: Kind) -> dict[str, Any]:
     shape = {
         "vocab_size": len(VOCABULARY),
         "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 6,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
@@ -76,7 +81,7 @@ def model_config(kind: Kind) -> dict[str, Any]:
     }
     if kind == "autoregressive":
         return shape | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-    masked = {"model_type": "a2d-qwen3", "mask_token_id": MASK, "block_size": BLOCK}
+    masked = {"model_type": "sdar", "mask_token_id": MASK, "block_size": BLOCK}
     return shape | masked
 
 
@@ -95,8 +100,8 @@ def build_model(seed: int) -> Any:
     return model
 
 
-def rows_of(seed: int, step: int, tokenizer: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, L], prompt lengths [B] and ends [B] (behind the end token) of a step's batch."""
+def rows_of(seed: int, step: int, tokenizer: Any, scale: float) -> Batch:
+    """A step's batch, `scale` times `train_demo.ROWS_PER_STEP`."""
     puzzles = [
         puzzle
         for kind, count in train_demo.ROWS_PER_STEP.items()
@@ -111,58 +116,92 @@ def rows_of(seed: int, step: int, tokenizer: Any, scale: float) -> tuple[Tensor,
     return tokens, lengths, ends
 
 
-def autoregressive_loss(model: Any, weights: dict[str, Tensor], batch: tuple) -> Tensor:
+def by_length(batch: Batch) -> Iterator[Batch]:
+    """Rows of equally many blocks together, so that few positions are computed for nothing."""
+    blocks = -(-batch[2] // BLOCK)
+    for count in blocks.unique().tolist():
+        rows = blocks == count
+        yield tuple(part[rows] for part in batch)
+
+
+def autoregressive_loss(model: Any, weights: dict[str, Tensor], batch: Batch) -> Tensor:
     """Mean cross-entropy of the answer's tokens, its end token included."""
-    tokens, lengths, ends = batch
-    output = torch.func.functional_call(model, weights, kwargs={"input_ids": tokens[:, :-1]})
-    position = torch.arange(1, LENGTH)[None]
-    counted = (position >= lengths[:, None]) & (position < ends[:, None])
-    return F.cross_entropy(output.logits[counted], tokens[:, 1:][counted])
+    losses = []
+    for tokens, lengths, ends in by_length(batch):
+        tokens = tokens[:, : int(ends.max())]
+        inputs = {"input_ids": tokens[:, :-1], "use_cache": False}
+        output = torch.func.functional_call(model, weights, kwargs=inputs)
+        position = torch.arange(1, tokens.shape[1])[None]
+        counted = (position >= lengths[:, None]) & (position < ends[:, None])
+        losses.append(
+            F.cross_entropy(output.logits[counted], tokens[:, 1:][counted], reduction="none")
+        )
+    return torch.cat(losses).mean()
 
 
-def block_mask() -> Tensor:
-    """Additive mask [1, 1, 2L, 2L] over clean rows, then noisy ones."""
-    block = torch.arange(LENGTH) // BLOCK
-    same, earlier = block[:, None] == block[None], block[:, None] > block[None]
-    nothing = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
-    clean = torch.cat((same | earlier, nothing), 1)
-    noisy = torch.cat((earlier, same), 1)
-    seen = torch.cat((clean, noisy))[None, None]
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+def two_copies(tokens: Tensor, noisy: Tensor, first: int) -> dict[str, Any]:
+    """The pass in which noisy blocks see themselves and the clean ones before them.
+
+    `tokens` [B, L] in whole blocks; `noisy` [B, L - first * BLOCK] replaces block `first` and what
+    follows. The clean copy ends before the last block, which no other sees. The last rows of the
+    model's output are the noisy blocks'.
+    """
+    clean = tokens[:, :-BLOCK]
+    noisy_at = torch.arange(first * BLOCK, tokens.shape[1])
+    positions = torch.cat((torch.arange(clean.shape[1]), noisy_at))
+    block = positions // BLOCK
+    is_noisy = torch.arange(len(positions)) >= clean.shape[1]
+    seen = torch.where(
+        is_noisy[None],
+        is_noisy[:, None] & (block[:, None] == block[None]),
+        block[:, None] >= block[None] + is_noisy[:, None].long(),
+    )
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    return {
+        "input_ids": torch.cat((clean, noisy), 1),
+        "attention_mask": mask.expand(len(tokens), 1, -1, -1),
+        "position_ids": positions[None].expand(len(tokens), -1),
+        "use_cache": False,
+    }
 
 
 def masked_loss(
-    model: Any, weights: dict[str, Tensor], batch: tuple, mask: Tensor, generator: torch.Generator
+    model: Any, weights: dict[str, Tensor], batch: Batch, generator: torch.Generator
 ) -> Tensor:
     """Mean cross-entropy of the masked positions behind the prompt, up to the last block's end."""
-    tokens, lengths, ends = batch
-    blocks = LENGTH // BLOCK
-    level = torch.rand(len(tokens), blocks, generator=generator).repeat_interleave(BLOCK, 1)
-    drawn = torch.rand(tokens.shape, generator=generator) < level
-    position = torch.arange(LENGTH)[None]
-    last = -(-ends // BLOCK) * BLOCK
-    masked = drawn & (position >= lengths[:, None]) & (position < last[:, None])
-    noisy = torch.where(masked, MASK, tokens)
-    both = torch.cat((tokens, noisy), 1)
-    positions = torch.arange(LENGTH).repeat(2)[None].expand(len(tokens), -1)
-    inputs = {
-        "input_ids": both,
-        "attention_mask": mask.expand(len(tokens), -1, -1, -1),
-        "position_ids": positions,
-    }
-    output = torch.func.functional_call(model, weights, kwargs=inputs)
-    return F.cross_entropy(output.logits[:, LENGTH:][masked], tokens[masked])
+    losses = []
+    for tokens, lengths, ends in by_length(batch):
+        tokens = tokens[:, : -(-int(ends.max()) // BLOCK) * BLOCK]
+        first = int(lengths.min()) // BLOCK
+        answer = tokens[:, first * BLOCK :]
+        of_blocks = (len(tokens), answer.shape[1] // BLOCK)
+        level = torch.rand(of_blocks, generator=generator)
+        pure = torch.rand(of_blocks, generator=generator) < train_demo.PURE_NOISE_SHARE
+        level = torch.where(pure, 1.0, level).repeat_interleave(BLOCK, 1)
+        drawn = torch.rand(answer.shape, generator=generator) < level
+        masked = drawn & (torch.arange(first * BLOCK, tokens.shape[1])[None] >= lengths[:, None])
+        inputs = two_copies(tokens, torch.where(masked, MASK, answer), first)
+        output = torch.func.functional_call(model, weights, kwargs=inputs)
+        logits = output.logits[:, -answer.shape[1] :]
+        losses.append(F.cross_entropy(logits[masked], answer[masked], reduction="none"))
+    return torch.cat(losses).mean()
 
 
 def train(
-    kind: Kind, recipe: Recipe, work: Path, show: Any, scale: float, resume: bool
+    kind: Kind,
+    recipe: Recipe,
+    work: Path,
+    show: Callable[[int, str], None],
+    log: Callable[[str], None],
+    scale: float,
+    resume: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """Train one of the two; goes on from WORK's state with `resume`."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / STATE_FILE
     model, tokenizer = build_model(recipe.seed), train_demo.build_tokenizer()
     weights = dict(model.named_parameters())
-    optimizer = Optimizer(weights, recipe)
+    optimizer = Optimizer(weights, recipe, dtype=torch.float32)
     start, seconds, loss_mean, tokens_seen = 0, 0.0, None, 0
     if resume and path.exists():
         state = torch.load(path, weights_only=True)
@@ -172,7 +211,7 @@ def train(
         optimizer.momentum, optimizer.square = state["momentum"], state["square"]
         start, seconds = state["step"], state["seconds"]
         loss_mean, tokens_seen = state["loss"], state["tokens"]
-    began, mask = time.monotonic(), block_mask()
+    began = time.monotonic()
     for step in range(start, recipe.steps):
         batch = rows_of(recipe.seed, step, tokenizer, scale)
         seen: dict[str, Tensor] = dict(weights)
@@ -182,7 +221,7 @@ def train(
             loss = autoregressive_loss(model, seen, batch)
         else:
             generator = torch.Generator().manual_seed(recipe.seed * 10_000_019 + step)
-            loss = masked_loss(model, seen, batch, mask, generator)
+            loss = masked_loss(model, seen, batch, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
         optimizer.update(weights, step, rate_factor(step, recipe))
@@ -201,6 +240,7 @@ def train(
                 "tokens": tokens_seen,
             }
             save_state(path, state)
+            log(f"{kind} step {step + 1} loss {loss_mean:.4f} {state['seconds']:.0f} s")
     figures = {
         "kind": kind,
         "steps": recipe.steps,
@@ -272,12 +312,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=float, default=1.0, help="times 256 rows a step")
+    parser.add_argument("--threads", type=int, help="on a busy machine 1 is the fastest")
     parser.add_argument("--resume", action="store_true", help="go on where a run stopped")
     parser.add_argument("--final-count", type=int, default=100, metavar="PUZZLES")
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, not {arguments.steps}.")
-    recipe = Recipe(seed=arguments.seed, steps=arguments.steps)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    warmup = max(1, arguments.steps // 20)
+    recipe = Recipe(seed=arguments.seed, steps=arguments.steps, warmup_steps=warmup)
     for kind in (arguments.kind,) if arguments.kind else KINDS_OF_MODEL:
         folder = arguments.out / kind
         work = arguments.out / f"{kind}.training"
@@ -289,7 +333,10 @@ def main() -> None:
             def show(step: int, text: str, progress: Any = progress, task: Any = task) -> None:
                 progress.update(task, completed=step, description=text)
 
-            model, figures = train(kind, recipe, work, show, arguments.rows, arguments.resume)
+            def log(line: str, progress: Any = progress) -> None:
+                progress.console.print(line, highlight=False, soft_wrap=True)
+
+            model, figures = train(kind, recipe, work, show, log, arguments.rows, arguments.resume)
         save_model(folder, kind, model)
         figures["exact"] = evaluate(folder, arguments.final_count)
         (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")

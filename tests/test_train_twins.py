@@ -17,7 +17,7 @@ from scripts.train_twins import BLOCK, LENGTH, MASK, Kind
 ROWS = 0.02
 
 
-def quiet(step: int, text: str) -> None:
+def quiet(*what: object) -> None:
     pass
 
 
@@ -33,7 +33,7 @@ def model():
 @pytest.mark.parametrize("kind", train_twins.KINDS_OF_MODEL)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind: Kind, tmp_path: Path) -> None:
     recipe = Recipe(steps=3, int4_from=0.5)
-    whole, figures = train_twins.train(kind, recipe, tmp_path / "whole", quiet, ROWS, False)
+    whole, figures = train_twins.train(kind, recipe, tmp_path / "whole", quiet, quiet, ROWS, False)
 
     class Stop(Exception):
         pass
@@ -45,9 +45,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind: Kind, tmp_path
     patch = pytest.MonkeyPatch()
     patch.setattr(train_twins, "STEPS_PER_SNAPSHOT", 1)
     with pytest.raises(Stop):
-        train_twins.train(kind, recipe, tmp_path / "cut", stop, ROWS, False)
+        train_twins.train(kind, recipe, tmp_path / "cut", stop, quiet, ROWS, False)
     patch.undo()
-    resumed, again = train_twins.train(kind, recipe, tmp_path / "cut", quiet, ROWS, True)
+    resumed, again = train_twins.train(kind, recipe, tmp_path / "cut", quiet, quiet, ROWS, True)
     assert again["training_tokens"] == figures["training_tokens"] > 0
     for (name, one), (_, other) in zip(
         whole.named_parameters(), resumed.named_parameters(), strict=True
@@ -81,18 +81,14 @@ def test_the_training_pass_of_a_noisy_block_is_a_denoising_step_over_its_cache(
 ) -> None:
     """What the training's mask lets a noisy block see is what the loop's layers let it see."""
     tokens, _, _ = train_twins.rows_of(0, 0, build_tokenizer(), ROWS)
-    tokens = tokens[:1]
-    noisy = tokens.clone()
-    block = 3
+    tokens, first, block = tokens[:1, :LENGTH], 2, 3
     live = slice(block * BLOCK, (block + 1) * BLOCK)
+    noisy = tokens.clone()
     noisy[:, live] = MASK
-    positions = torch.arange(LENGTH).repeat(2)[None]
     with torch.no_grad():
-        logits = model(
-            input_ids=torch.cat((tokens, noisy), 1),
-            attention_mask=train_twins.block_mask(),
-            position_ids=positions,
-        ).logits[0, LENGTH:][live]
+        inputs = train_twins.two_copies(tokens, noisy[:, first * BLOCK :], first)
+        logits = model(**inputs).logits[0, -LENGTH + first * BLOCK :]
+    logits = logits[(block - first) * BLOCK :][:BLOCK]
     folder = tmp_path / "masked"
     train_twins.save_model(folder, "masked", model)
     saved = open_checkpoint(folder)
