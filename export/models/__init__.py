@@ -52,8 +52,11 @@ def stage_model(
     """
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        code = ""
+        if checkpoint.config.get("auto_map"):
+            code = " and brings Python code (auto_map), which is never run"
         raise CheckpointError(
-            f"config.json of {checkpoint.folder} has model_type {model_type!r}; supported: "
+            f"config.json of {checkpoint.folder} has model_type {model_type!r}{code}; supported: "
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = import_module(FAMILIES[model_type])
