@@ -64,6 +64,9 @@ _OF_TOKENS = {
 }
 """What a metric of denoising is called where a step is one token; the others say nothing there."""
 
+ENERGY = "charge_per_answer_uah"
+"""The metric that tells of energy, where a battery does."""
+
 Verdict = Literal["better", "worse", "higher", "lower", "equal", "unclear", "not known"]
 """How B stands to A; `unclear`: the interval holds 1, `equal`: it holds nothing else."""
 
@@ -204,6 +207,12 @@ class Comparison:
             notes.append(
                 "exact match: in brackets the 95 % Wilson interval of each side; its ratio's "
                 "interval resamples puzzles instead of repeats, the same ones on both sides"
+            )
+        if any(row.a.trials or row.b.trials for row in self.rows) and not any(
+            row.metric.name == ENERGY for row in self.rows
+        ):
+            notes.append(
+                "energy is not known: on neither side did a battery discharge all through the runs"
             )
         if any(row.style for row in self.rows):
             notes.append(

@@ -148,6 +148,11 @@ def _forwards_per_answer(record: Record) -> float | None:
     return _ratio(sum(forwards), len(forwards))
 
 
+def _answers_tokens_per_forward(record: Record) -> float | None:
+    tokens, steps = _answers(record, "new_tokens"), _answers(record, "steps")
+    return _ratio(sum(tokens), sum(steps)) if len(tokens) == len(steps) else None
+
+
 def _charge_per_answer(record: Record) -> float | None:
     """None while charging: the current is then not the run's."""
     samples = [_mapping(sample.get("battery")) for sample in _sensors(record, "during")]
@@ -529,6 +534,12 @@ METRICS: tuple[Metric, ...] = (
         "median over result.answers of total_ms: from the call to the end of the text, prompt "
         "included, loading excluded",
         "lower", _PUZZLES, _median_of_answers("total_ms"),
+    ),
+    Metric(
+        "answer_tokens_per_forward", "tokens", "Tokens per forward of answers", "Puzzles",
+        "sum of new_tokens / sum of steps over result.answers; as tokens_per_forward, encoding "
+        "passes are not counted",
+        "higher", _PUZZLES, _answers_tokens_per_forward,
     ),
     Metric(
         "forwards_per_answer", "forwards", "Forwards per answer", "Puzzles",

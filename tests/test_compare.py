@@ -324,6 +324,20 @@ def test_other_puzzles_have_no_interval():
     assert found.interval is None and found.why == "other puzzles"
 
 
+def test_where_no_battery_tells_of_energy_a_note_says_so():
+    """Only where whole answers were measured: energy is told of them."""
+    charging = [copy.deepcopy(WITH_PUZZLES), twin()]
+    for side in charging:
+        for record in side:
+            for sample in record["sensors"]:
+                sample["battery"]["status"] = "charging"
+    for sides, is_told in (
+        ((WITH_PUZZLES, twin()), False), (charging, True), ((bench(), bench()), False),
+    ):  # fmt: skip
+        notes = compare(*sides, ["family"]).notes
+        assert any("energy is not known" in note for note in notes) == is_told
+
+
 def test_each_side_says_what_it_is():
     found = compare(WITH_PUZZLES, twin(), ["family"])
     assert "A: int4, diffusion_gemma, uniform_diffusion, 0.8 MiB, int4-g32" in module.to_text(found)

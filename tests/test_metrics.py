@@ -91,6 +91,7 @@ EXPECTED = {
     "answer_tokens_per_s": 140.0,  # 21 in 0.15 s
     "answer_first_text_ms": 14.0,
     "answer_ms": 50.0,
+    "answer_tokens_per_forward": 1.05,  # 21 in 20 steps
     "forwards_per_answer": 8.0,
     "charge_per_answer_uah": 700 * 50 / 3600,
     "peak_rss_bytes": 5000.0,
