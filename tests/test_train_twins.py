@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,24 @@ def test_only_the_answer_counts() -> None:
     for row, length, end in zip(tokens.tolist(), lengths.tolist(), ends.tolist(), strict=True):
         assert row[end - 1] == train_twins.TURN_END and set(row[end:]) <= {train_twins.PAD}
         assert train_twins.TURN_END not in row[length : end - 1]
+
+
+SHIPPED = Path(train_twins.__file__).parent / "twin_models"
+
+
+@pytest.mark.parametrize("kind", train_twins.KINDS_OF_MODEL)
+def test_the_shipped_twins_solve_held_out_puzzles(kind: Kind) -> None:
+    """At least 27 of 30, far above what an untrained or badly read model does (0)."""
+    assert train_twins.evaluate(SHIPPED / kind, 10)["all"] in {f"{n}/30" for n in (27, 28, 29, 30)}
+
+
+def test_the_shipped_twins_differ_in_their_weights_values_and_in_nothing_of_their_shape() -> None:
+    one, other = (open_checkpoint(SHIPPED / kind) for kind in train_twins.KINDS_OF_MODEL)
+    assert {n: one.shape(n) for n in one.names()} == {n: other.shape(n) for n in other.names()}
+    for kind in train_twins.KINDS_OF_MODEL:
+        files = list((SHIPPED / kind).iterdir())
+        assert sum(file.stat().st_size for file in files) < 8 * 2**20
+        written = json.loads((SHIPPED / kind / "config.json").read_text())
+        assert written == train_twins.model_config(kind) | {"torch_dtype": "bfloat16"}
+    tokenizers = [(SHIPPED / k / "tokenizer.json").read_bytes() for k in train_twins.KINDS_OF_MODEL]
+    assert tokenizers[0] == tokenizers[1]
