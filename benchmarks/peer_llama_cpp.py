@@ -16,6 +16,9 @@ Cases, each a ratio of llama.cpp's time to ours (more than 1: ours is faster):
   computes prompt and all blocks at each step, ours has them cached (block diffusion).
 - decode, prefill: one token a step, and a prompt of 256 (`llama-bench` tg and pp).
 
+Beside them stand the quantized matrix products of one step alone, through the same backend
+(`benchmarks.matrix_products`), and where our peak RSS comes from.
+
 stdout: a table for people; the last line is one JSON document.
 """
 
@@ -43,7 +46,6 @@ HEAD_DIM = HIDDEN // HEADS
 MASK = 151_666
 POSITIONS = 256
 THREADS = 2
-CASES = ("step", "full", "answer", "decode", "prefill")
 CONFIG = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -67,6 +69,21 @@ FORMATS: dict[str, dict[str, Any]] = {
     "block32": {"model_type": "a2d-qwen2", "mask_token_id": MASK, "block_size": 32},
     "autoregressive": {"model_type": "qwen2"},
 }
+RECIPES = {
+    "block256": "int4-g32",
+    "block32": "int4-g32",
+    # A token's time is that of moving the weights: the table in int4, too, as Q4_0 has it.
+    "autoregressive": "int4-g32-embed4",
+}
+FORMAT_OF = {
+    "step": "block256",
+    "full": "block256",
+    "answer": "block32",
+    "decode": "autoregressive",
+    "prefill": "autoregressive",
+}
+CASES = tuple(FORMAT_OF)
+PRODUCTS = "products"
 CONTEXT = {"block256": POSITIONS, "block32": 512, "autoregressive": 512}
 
 
@@ -84,23 +101,24 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     programs = _build(work)
     model, qwen = _gguf(work, "dream"), _gguf(work, "qwen2")
-    bundles = {name: _bundle(work, name) for name in _formats(cases)}
+    paths = {case: _bundle(work, FORMAT_OF[case]) for case in cases}
+    if "step" in cases:
+        paths[PRODUCTS] = _products(work)
     measured: dict[str, dict[str, list[float]]] = {c: {"llama.cpp": [], "ours": []} for c in cases}
-    peaks: dict[str, int] = {}
+    products: list[float] = []
+    memory: dict[str, dict[str, int]] = {}
     for number in range(arguments.rounds):
         for case in cases:
             theirs = _peer(case, programs, model, qwen, arguments.steps)
-            ours, peak = _ours(case, bundles, arguments.steps)
+            ours = _ours(case, paths[case], arguments.steps)
             measured[case]["llama.cpp"].append(theirs)
-            measured[case]["ours"].append(ours)
-            peaks[case] = max(peak, peaks.get(case, 0))
-            _say(f"round {number + 1} {case}: llama.cpp {theirs:.1f} ms, ours {ours:.1f} ms")
-    _report(arguments, measured, peaks)
-
-
-def _formats(cases: list[str]) -> list[str]:
-    wanted = {"step": "block256", "full": "block256", "answer": "block32"}
-    return sorted({wanted.get(case, "autoregressive") for case in cases})
+            measured[case]["ours"].append(ours["ms"])
+            memory[case] = ours["memory"] | {"int4_bytes": _int4_bytes(work, FORMAT_OF[case])}
+            _say(f"round {number + 1} {case}: llama.cpp {theirs:.1f} ms, ours {ours['ms']:.1f} ms")
+            if case == "step":
+                products.append(_ours(PRODUCTS, paths[PRODUCTS], arguments.steps)["ms"])
+                _say(f"round {number + 1} its products alone: {products[-1]:.1f} ms")
+    _report(arguments, measured, products, memory)
 
 
 # llama.cpp
@@ -242,7 +260,7 @@ def _bundle(work: Path, name: str) -> Path:
     if not int4.exists():
         _say(f"writing and quantizing {name}")
         _write_checkpoint(checkpoint, name)
-        _pocketdiff("quantize", checkpoint, int4, "--overwrite")
+        _pocketdiff("quantize", checkpoint, int4, "--recipe", RECIPES[name], "--overwrite")
         shutil.rmtree(checkpoint)
     _say(f"lowering {name} (once; minutes)")
     _pocketdiff("export", int4, bundle, "--maximum-context", CONTEXT[name])
@@ -276,13 +294,27 @@ def _write_checkpoint(folder: Path, name: str) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG | FORMATS[name]))
 
 
-def _ours(case: str, bundles: dict[str, Path], steps: int) -> tuple[float, int]:
-    """Milliseconds as `_peer`, and the peak RSS in bytes, of a process of its own."""
-    name = _formats([case])[0]
-    said = _run([sys.executable, "-m", "benchmarks.peer_llama_cpp_case", case, str(bundles[name]),
+def _products(work: Path) -> Path:
+    """The program of the matrix products alone; made once."""
+    from benchmarks.matrix_products import lower_products
+
+    path = work / "products.pte"
+    if not path.exists():
+        _say("lowering the matrix products alone (once; minutes)")
+        lower_products(work / "block256.int4", POSITIONS, path)
+    return path
+
+
+def _int4_bytes(work: Path, name: str) -> int:
+    """What the int4 checkpoint stores of weights."""
+    return (work / f"{name}.int4" / "model.safetensors").stat().st_size
+
+
+def _ours(case: str, path: Path, steps: int) -> dict[str, Any]:
+    """What `peer_llama_cpp_case` says, in a process of its own; ms as `_peer`'s."""
+    said = _run([sys.executable, "-m", "benchmarks.peer_llama_cpp_case", case, str(path),
                  str(steps)])  # fmt: skip
-    found = json.loads(said.splitlines()[-1])
-    return found["ms"], found["peak_rss_bytes"]
+    return json.loads(said.splitlines()[-1])
 
 
 def _pocketdiff(*words: object) -> None:
@@ -304,14 +336,15 @@ def _say(text: str) -> None:
 def _report(
     arguments: argparse.Namespace,
     measured: dict[str, dict[str, list[float]]],
-    peaks: dict[str, int],
+    products: list[float],
+    memory: dict[str, dict[str, int]],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
     title = f"Qwen2.5-0.5B's shape, int4 in groups of 32, {THREADS} threads, medians"
     table = Table("case", title=title, title_justify="left")
-    for heading in ("llama.cpp, ms", "ours, ms", "llama.cpp / ours", "rounds", "our peak RSS, MB"):
+    for heading in ("llama.cpp, ms", "ours, ms", "llama.cpp / ours", "rounds"):
         table.add_column(heading, justify="right")
     ratios = {}
     for case, times in measured.items():
@@ -324,9 +357,25 @@ def _report(
             f"{medians['ours']:.1f}",
             f"{ratios[case]:.2f}",
             ", ".join(f"{ratio:.2f}" for ratio in spread),
-            f"{peaks[case] / 1e6:.0f}",
         )
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    if products:
+        alone = statistics.median(products)
+        ratios["step_over_products"] = statistics.median(measured["step"]["ours"]) / alone
+        console.print(
+            f"a step's matrix products alone: {alone:.1f} ms; the step takes "
+            f"{ratios['step_over_products']:.2f} times as long"
+        )
+    table = Table("case", title="Memory of our process, MB", title_justify="left")
+    for heading in ("before loading", "peak RSS", "int4 weights", "KV cache", "1.5 x int4 + KV"):
+        table.add_column(heading, justify="right")
+    for case, found in memory.items():
+        limit = 1.5 * found["int4_bytes"] + found["kv_cache_bytes"]
+        values = (found["before_bytes"], found["peak_rss_bytes"], found["int4_bytes"],
+                  found["kv_cache_bytes"], limit)  # fmt: skip
+        table.add_row(case, *(f"{value / 1e6:.0f}" for value in values))
+    console.print(table)
     conditions = {
         "rounds": arguments.rounds,
         "steps": arguments.steps,
@@ -341,8 +390,9 @@ def _report(
         "benchmark": "peer_llama_cpp",
         "conditions": conditions,
         "ms": measured,
+        "products_ms": products,
         "ratio_of_medians": ratios,
-        "peak_rss_bytes": peaks,
+        "memory": memory,
     }
     print(json.dumps(document, separators=(",", ":")))
 

@@ -2,31 +2,70 @@
 
     python -m benchmarks.peer_llama_cpp_case CASE BUNDLE STEPS
 
-The last line of stdout is {"ms": …, "peak_rss_bytes": …}; ms is the best of three after a warm-up,
-as `llama-bench` warms up: of a step, a full denoising, an answer, a token, a prompt.
+The last line of stdout is {"ms": …, "memory": {…}}; ms is the median of three after a warm-up, as
+`llama-bench` warms up: of a step, a full denoising, an answer, a token, a prompt; or, of the case
+`products` with a program instead of a bundle, of the matrix products alone.
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.peer_llama_cpp import HEAD_DIM, KV_HEADS, LAYERS, POSITIONS, THREADS
 from export.bundle import open_bundle
 from export.process import peak_rss_bytes
 from export.runtime import open_session
 
-POSITIONS = 256
-THREADS = 2
 TOKENS = 64
 SETTINGS = np.array([0.0, 1.0, 0.0, 2.0, 0.0], dtype=np.float32)
 """Greedy, no truncation, no threshold, in the order of confidence."""
 
 
 def main() -> None:
-    case, folder, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    case, path, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    before = peak_rss_bytes()
+    measure, kv_cache = _products(path) if case == "products" else _case(case, path, steps)
+    measure()
+    ms = statistics.median(measure() for _ in range(3))
+    memory = {
+        "before_bytes": before,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "kv_cache_bytes": kv_cache,
+    }
+    print(json.dumps({"ms": ms, "memory": memory}))
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - began)
+
+
+def _products(path: Path) -> tuple[Callable[[], float], int]:
+    import torch
+
+    from export.runtime import _load_executorch, _single_torch_thread
+
+    program = _load_executorch(THREADS)._load_program(str(path))
+    method = program.load_method("forward")
+    shape = method.method_meta().input_tensor_meta(0).sizes()
+    inputs = [torch.randn(*shape, generator=torch.Generator().manual_seed(0))]
+
+    def run(_keep_alive: Any = program) -> None:
+        with _single_torch_thread():
+            method(inputs)
+
+    return lambda: _timed(run), 0
+
+
+def _case(case: str, folder: Path, steps: int) -> tuple[Callable[[], float], int]:
+    """What to time, returning milliseconds, and the bytes of the KV cache."""
     session = open_session(open_bundle(folder, verify=False), THREADS)
     model, info = session.model, session.info
     prompt = np.random.default_rng(0).integers(0, 150_000, POSITIONS, dtype=np.int64)
@@ -52,29 +91,19 @@ def main() -> None:
         result = session.generate([1], TOKENS, force_steps=1)
         return result.median_step_ms
 
-    def timed(work: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        work()
-        return 1000 * (time.perf_counter() - began)
-
-    if case == "step":
-        hidden_rows = np.arange(POSITIONS)
+    def step() -> None:
         canvas = np.full(POSITIONS, mask, dtype=np.int64)
+        hidden = model.layers(canvas, 0, info.maximum_context)
+        model.head(hidden, np.arange(POSITIONS), SETTINGS, 1, np.zeros(POSITIONS, np.float32))
 
-        def step() -> None:
-            hidden = model.layers(canvas, 0, info.maximum_context)
-            model.head(hidden, hidden_rows, SETTINGS, 1, np.zeros(POSITIONS, np.float32))
-
-        measure: Callable[[], float] = lambda: timed(step)  # noqa: E731
-    elif case == "full":
-        measure = lambda: timed(lambda: denoise(steps))  # noqa: E731
-    elif case == "prefill":
-        measure = lambda: timed(lambda: model.layers(prompt, 0, 1))  # noqa: E731
-    else:
-        measure = {"answer": answer, "decode": decode}[case]
-    measure()
-    ms = min(measure() for _ in range(3))
-    print(json.dumps({"ms": ms, "peak_rss_bytes": peak_rss_bytes()}))
+    cases: dict[str, Callable[[], float]] = {
+        "step": lambda: _timed(step),
+        "full": lambda: _timed(lambda: denoise(steps)),
+        "answer": answer,
+        "decode": decode,
+        "prefill": lambda: _timed(lambda: model.layers(prompt, 0, 1)),
+    }
+    return cases[case], 2 * LAYERS * KV_HEADS * HEAD_DIM * 4 * info.maximum_context
 
 
 if __name__ == "__main__":

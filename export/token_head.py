@@ -37,8 +37,11 @@ from export.staging import (
 CHUNK_COLUMNS = 2048
 """Logits per row and chunk. [256, 2048] in fp32 are 2 MiB."""
 
-CHUNKS_AT_ONCE = 2
-"""Chunks that share one correction of the running maximum."""
+CHUNKS_AT_ONCE = 4
+"""Chunks that share one correction of the running maximum.
+
+Two take 333 ms where four take 306 (256 rows, 151,936 tokens, hidden 896, int8, two threads).
+"""
 
 BLOCK_TOKENS = 16
 """Tokens per block whose sum is kept, and which are looked up again to finish a draw."""
