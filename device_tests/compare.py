@@ -54,6 +54,20 @@ FAMILY = "family"
 _OF_FAMILY = frozenset({"workload.force_steps", "workload.max_new_tokens"})
 """Conditions that follow from the style: an autoregressive canvas is one token and one step."""
 
+ENERGY = "charge_per_answer_uah"
+"""The metric that tells of energy, where a battery does."""
+
+AT_A_GLANCE = (
+    "exact_match",
+    "answer_tokens_per_s",
+    "answer_first_text_ms",
+    "answer_ms",
+    "answer_tokens_per_forward",
+    ENERGY,
+    "peak_rss_bytes",
+)
+"""What decides between two families: quality, speed, energy, memory; shown before all else."""
+
 _OF_TOKENS = {
     "first_draft_ms": "Time to first token",
     "step_ms": "Token",
@@ -63,9 +77,6 @@ _OF_TOKENS = {
     "head_ms": "Head of a token",
 }
 """What a metric of denoising is called where a step is one token; the others say nothing there."""
-
-ENERGY = "charge_per_answer_uah"
-"""The metric that tells of energy, where a battery does."""
 
 Verdict = Literal["better", "worse", "higher", "lower", "equal", "unclear", "not known"]
 """How B stands to A; `unclear`: the interval holds 1, `equal`: it holds nothing else."""
@@ -172,6 +183,17 @@ class Comparison:
     """Side, run, reason and sentence of each run that failed."""
     bundles: tuple[dict[str, Any], dict[str, Any]]
     """What each side's bundle says of itself, its texts made plain."""
+
+    @property
+    def groups(self) -> tuple[tuple[str, tuple[Row, ...]], ...]:
+        """The rows as they are shown, each group with its title: of families, the few that decide
+        between them come first."""
+        if FAMILY not in self.across:
+            return (("", self.rows),)
+        first = [row for name in AT_A_GLANCE for row in self.rows if row.metric.name == name]
+        others = tuple(row for row in self.rows if row not in first)
+        found = (("at a glance", tuple(first)), ("everything measured", others))
+        return tuple((title, rows) for title, rows in found if rows)
 
     @property
     def headings(self) -> tuple[str, str]:
@@ -513,13 +535,13 @@ def _summary(comparison: Comparison) -> str:
     return f"A: {runs_a} runs, {failed_a} failed; B: {runs_b} runs, {failed_b} failed"
 
 
-def to_rich(comparison: Comparison) -> Any:
-    """The comparison for a terminal: one renderable of rich, readable at a width of 100."""
-    from rich.console import Group
+def _table(title: str, rows: Sequence[Row]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, heading in enumerate(_HEADINGS):
         table.add_column(
             heading,
@@ -528,9 +550,17 @@ def to_rich(comparison: Comparison) -> Any:
             overflow="fold",
         )
     styles = {"better": "green", "worse": "red"}
-    for row in comparison.rows:
+    for row in rows:
         *cells, verdict = _cells(row)
         table.add_row(*map(Text, cells), Text(verdict, style=styles.get(row.verdict, "")))
+    return table
+
+
+def to_rich(comparison: Comparison) -> Any:
+    """The comparison for a terminal: one renderable of rich, readable at a width of 100."""
+    from rich.console import Group
+    from rich.text import Text
+
     shown: list[Any] = [
         Text(f"{side}: {heading}", style="bold")
         for side, heading in zip("AB", comparison.headings, strict=True)
@@ -539,7 +569,7 @@ def to_rich(comparison: Comparison) -> Any:
     shown += [
         Text(f"on purpose: {found.sentence}", style="yellow") for found in comparison.differences
     ]
-    shown.append(table)
+    shown += [_table(title, rows) for title, rows in comparison.groups]
     shown += [
         Text(f"failed: {side} {run}: {reason}: {sentence}", style="red")
         for side, run, reason, sentence in comparison.failures
@@ -571,9 +601,11 @@ def to_markdown(comparison: Comparison) -> str:
             cells = map(markdown, (found.leaf, found.a, found.b))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    lines += [f"| {' | '.join(_HEADINGS)} |", "|---|---:|---:|---:|---:|---:|---|"]
-    lines += [f"| {' | '.join(map(markdown, _cells(row)))} |" for row in comparison.rows]
-    lines.append("")
+    for title, rows in comparison.groups:
+        lines += [f"**{title.capitalize()}**", ""] if title else []
+        lines += [f"| {' | '.join(_HEADINGS)} |", "|---|---:|---:|---:|---:|---:|---|"]
+        lines += [f"| {' | '.join(map(markdown, _cells(row)))} |" for row in rows]
+        lines.append("")
     if comparison.failures:
         lines += ["| failed run | reason | what happened |", "|---|---|---|"]
         for side, run, reason, sentence in comparison.failures:

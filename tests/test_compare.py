@@ -338,6 +338,17 @@ def test_where_no_battery_tells_of_energy_a_note_says_so():
         assert any("energy is not known" in note for note in notes) == is_told
 
 
+def test_of_families_what_decides_between_them_comes_first_and_every_row_once():
+    found = compare(WITH_PUZZLES, twin(), ["family"])
+    (title, first), (_, others) = found.groups
+    assert title == "at a glance"
+    assert tuple(each.metric.name for each in first) == module.AT_A_GLANCE
+    assert sorted(each.name for each in (*first, *others)) == sorted(row.name for row in found.rows)
+    for text in (module.to_text(found), module.to_markdown(found).lower()):
+        assert text.index("at a glance") < text.index("hole answer") < text.index("everything")
+    assert compare(bench(), bench()).groups[0][0] == ""
+
+
 def test_each_side_says_what_it_is():
     found = compare(WITH_PUZZLES, twin(), ["family"])
     assert "A: int4, diffusion_gemma, uniform_diffusion, 0.8 MiB, int4-g32" in module.to_text(found)
