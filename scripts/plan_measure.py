@@ -17,7 +17,8 @@ from quantize.errors import DeviceError
 ROOT = Path(__file__).parent.parent
 APP_SHARE = 0.8
 """Of a machine that runs Linux without a desktop; as of the boards that come with the project."""
-TIMEOUT_S = 600.0
+TIMEOUT_S = 540.0
+"""Shorter than what makes the lock of a device stale: no sign of life is given meanwhile."""
 REMOTE = "measure"
 
 
@@ -38,8 +39,8 @@ def measured_device(
 
     with tempfile.TemporaryDirectory(prefix="pocketdiff-measure-") as temporary:
         folder = Path(temporary)
-        write_programs(folder, say)
         if serial is None and not local:
+            write_programs(folder, say)
             say("measuring this machine")
             found, title, how = _here(folder, threads), "", "on this machine"
         else:
@@ -130,36 +131,41 @@ def _there(
     threads: int | None,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], str, str]:
-    """Push the programs, run the measurement there, take them away again."""
+    """Lower the programs, push them, measure as the only one there, take them away again."""
     from device_tests import conditions, device_lock, remote_files, remote_run
     from device_tests.errors import DeviceBusy
     from device_tests.remote_shell import DEVICE_ROOT, quote, run_checked
+    from export.measure_programs import write_programs
     from scripts.device_verbs import _device
 
+    lock_name = f"plan-measure-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     with _device(serial, via, local) as transport:
-        if (holder := device_lock.holder(transport)) is not None:
-            raise DeviceBusy(
-                f"the device {transport.serial} is taken by {holder}; wait for its end, or choose "
-                "another device"
-            )
         device = conditions.read_device(transport)
         runner = remote_run.choose_runner(device.android_sdk)
         remote = f"{DEVICE_ROOT}/{REMOTE}"
         run = lambda command, timeout_s=30.0: run_checked(transport, command, timeout_s)  # noqa: E731
-        remote_files.remove(run, [remote])
-        remote_files.make_folders(run, [remote])
-        try:
-            for path in sorted(folder.iterdir()):
-                say(f"sending {path.name}")
-                with path.open("rb") as source:
-                    transport.push(source, f"{remote}/{path.name}", path.stat().st_size)
-            say(f"measuring {transport.serial}")
-            words = [runner.python, "-P", "-m", "export.measure", remote]
-            words += [] if threads is None else [str(threads)]
-            command = f"PYTHONPATH={quote(runner.root)} {quote(*words)}"
-            answer = run_checked(transport, command, TIMEOUT_S)
-        finally:
+        if (holder := device_lock.holder(transport)) is not None:  # before lowering, which is long
+            raise DeviceBusy(
+                f"the device {transport.serial} is taken by {holder}; wait for its end, or choose "
+                "another device"
+            )
+        write_programs(folder, say)
+        with device_lock.DeviceLock(transport, lock_name) as lock:
             remote_files.remove(run, [remote])
+            remote_files.make_folders(run, [remote])
+            try:
+                for path in sorted(folder.iterdir()):
+                    say(f"sending {path.name}")
+                    with path.open("rb") as source:
+                        transport.push(source, f"{remote}/{path.name}", path.stat().st_size)
+                    lock.beat()
+                say(f"measuring {transport.serial}")
+                words = [runner.python, "-P", "-m", "export.measure", remote]
+                words += [] if threads is None else [str(threads)]
+                command = f"PYTHONPATH={quote(runner.root)} {quote(*words)}"
+                answer = run_checked(transport, command, TIMEOUT_S)
+            finally:
+                remote_files.remove(run, [remote])
         model = " ".join(part for part in (device.manufacturer, device.model) if part)
         how = f"over adb ({transport.kind}) by the Linux runtime there"
         return _parsed(answer.text), model, how
