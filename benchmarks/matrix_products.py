@@ -43,13 +43,8 @@ class Products(nn.Module):
         return torch.cat([value[:1, :1] for value in kept], dim=1)
 
 
-def multiplications(module: Products) -> int:
-    """Of one row."""
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
-
-
-def lower_products(int4: Path, rows: int, destination: Path) -> int:
-    """Write the program of `rows` rows; returns how many multiplications a row takes."""
+def lower_products(int4: Path, rows: int, destination: Path) -> None:
+    """Write the program of `rows` rows."""
     checkpoint = open_checkpoint(int4)
     config = DenseConfig.from_checkpoint_config(checkpoint.config)
     layers, _ = build_layers(checkpoint, config, maximum_context=rows, prefill_length=rows)
@@ -68,4 +63,3 @@ def lower_products(int4: Path, rows: int, destination: Path) -> int:
     partial = destination.with_suffix(".partial")
     lowered.write(partial)
     partial.rename(destination)
-    return multiplications(module)

@@ -174,9 +174,10 @@ def _there(
 def _parsed(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text.strip().splitlines()[-1])
-        assert isinstance(found, dict)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
         return found
-    except (ValueError, IndexError, AssertionError) as error:
+    except (ValueError, IndexError) as error:
         raise DeviceError(
             f"the device answered the measurement with {text.strip()[-200:]!r}; look at its runtime"
         ) from error

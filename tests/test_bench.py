@@ -48,7 +48,7 @@ from export.runtime import open_session
 from export.tokenizer import open_tokenizer
 from quantize.errors import InputError, OutputError
 from quantize.puzzles import held_out
-from tests import toy_model
+from tests import small_systems, toy_model
 from tests.bench_tools import (
     DEPLOYMENT,
     QUICK,
@@ -584,15 +584,8 @@ TOOLS = (
 @pytest.fixture(params=["toybox with mksh", "busybox"])
 def small_system(request: pytest.FixtureRequest, tmp_path: Path) -> dict[Path, str]:
     """The shell and the tools of Android, or of busybox, in the places of this machine's."""
-    packages = ["toybox", "mksh"] if "mksh" in request.param else ["busybox"]
-    try:
-        for command in (
-            ["apt-get", "download", *packages],
-            *(["sh", "-c", f"dpkg -x {package}_*.deb ."] for package in packages),
-        ):
-            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"{request.param} cannot be fetched as a Debian package: {error}")
+    packages = ("toybox", "mksh") if "mksh" in request.param else ("busybox",)
+    small_systems.small_system(request.param, packages, tmp_path)
     programs = {tool: tmp_path / "bin" / packages[0] for tool in TOOLS}
     # The first name that its file is called by tells busybox what to be.
     programs["sh"] = tmp_path / "bin" / packages[-1]
