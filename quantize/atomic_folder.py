@@ -10,9 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantize.errors import OutputError
+from quantize.errors import OutputError, UserError
+from quantize.journal import Journal
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+# What the hidden folder beside the destination holds: the folder that is to appear, in
+# resumable work its journal, and for an instant the earlier result that is being replaced.
+_CONTENT, _JOURNAL, _REPLACED = "content", "journal.jsonl", "replaced"
 
 
 @contextmanager
@@ -30,25 +35,128 @@ def atomic_folder(
     """
     destination = Path(destination)
     _refuse_occupied(destination, overwrite, is_ours)
-    temporary: Path | None = None
+    holder: Path | None = None
     try:
         parent = destination.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=parent))
-        temporary.chmod(0o755)
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
-        # Once more: the work may have taken hours.
-        _refuse_occupied(destination, overwrite, is_ours)
-        _move_into_place(temporary, destination)
-        _sync(parent)
+        holder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=parent))
+        content = _make_content(holder)
+        yield content
+        _finish(holder, destination, overwrite, is_ours)
     except OSError as error:
         raise OutputError(_sentence(destination, error)) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(
+    destination: str | Path,
+    work: str,
+    *,
+    overwrite: bool = False,
+    is_ours: Callable[[Path], bool] = lambda folder: False,
+) -> Iterator[tuple[Path, Journal]]:
+    """An `atomic_folder` of which a later call finds what an interrupted one had done.
+
+    Yields the temporary folder and its journal, whose `records` say what in the folder is done;
+    the block appends to it what it has written and flushed. Both are kept if the process is
+    killed, and for whatever leaves the block but a UserError or an OSError: a wrong input and a
+    full disk would stop the next call too. A next call with another text `work` (which therefore
+    names everything that the result depends on) begins anew. Raises OutputError as `atomic_folder`
+    does, and while another process is at work on the same destination.
+    """
+    destination = Path(destination)
+    holder = _resumable_holder(destination)
+    if not holder.exists():
+        _refuse_occupied(destination, overwrite, is_ours)
+    journal: Journal | None = None
+    keep = False
+    try:
+        holder.parent.mkdir(parents=True, exist_ok=True)
+        holder.mkdir(exist_ok=True)
+        journal = _open_journal(holder, work, destination)
+        replaced = holder / _REPLACED
+        if replaced.exists() and not os.path.lexists(destination):
+            os.rename(replaced, destination)
+        try:
+            _refuse_occupied(destination, overwrite, is_ours)
+        except OutputError:
+            keep = (holder / _CONTENT).exists()
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        if journal.is_new or not (holder / _CONTENT).is_dir():
+            shutil.rmtree(holder / _CONTENT, ignore_errors=True)
+            journal.begin()
+            journal.records = []
+            _make_content(holder)
+            _sync(holder)
+        yield holder / _CONTENT, journal
+        # All is done: what goes wrong now, such as a folder that has meanwhile appeared under
+        # the final name, can be put right.
+        keep = True
+        _finish(holder, destination, overwrite, is_ours)
+        keep = False
+    except OSError as error:
+        raise OutputError(_sentence(destination, error)) from error
+    except UserError:
+        raise
+    except BaseException:
+        keep = True
+        raise
+    finally:
+        if journal is not None:
+            if not keep:
+                _remove(holder)
+            journal.close()
+
+
+def unfinished_work(destination: str | Path) -> bool:
+    """Whether a `resumable_folder` of this destination was interrupted."""
+    return (_resumable_holder(Path(destination)) / _CONTENT).is_dir()
+
+
+def _resumable_holder(destination: Path) -> Path:
+    return destination.absolute().parent / f".{destination.absolute().name}.partial"
+
+
+def _open_journal(holder: Path, work: str, destination: Path) -> Journal:
+    try:
+        return Journal(holder / _JOURNAL, work)
+    except BlockingIOError:
+        raise OutputError(
+            f"Another process is writing {destination}; wait for it or choose another destination."
+        ) from None
+
+
+def _make_content(holder: Path) -> Path:
+    content = holder / _CONTENT
+    content.mkdir()
+    content.chmod(0o755)
+    return content
+
+
+def _finish(
+    holder: Path, destination: Path, overwrite: bool, is_ours: Callable[[Path], bool]
+) -> None:
+    content = holder / _CONTENT
+    for path in sorted(content.rglob("*")):
+        _sync(path)
+    _sync(content)
+    # Once more: the work may have taken hours.
+    _refuse_occupied(destination, overwrite, is_ours)
+    _move_into_place(content, destination, holder / _REPLACED)
+    _sync(holder.parent)
+
+
+def _remove(holder: Path) -> None:
+    """Only what is ours in it: its name is not as unlikely to be another's as a random one is."""
+    for name in (_CONTENT, _REPLACED):
+        shutil.rmtree(holder / name, ignore_errors=True)
+    (holder / _JOURNAL).unlink(missing_ok=True)
+    if not any(holder.iterdir()):
+        holder.rmdir()
 
 
 def _refuse_occupied(destination: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
@@ -69,18 +177,16 @@ def _refuse_occupied(destination: Path, overwrite: bool, is_ours: Callable[[Path
         )
 
 
-def _move_into_place(temporary: Path, destination: Path) -> None:
+def _move_into_place(content: Path, destination: Path, replaced: Path) -> None:
     if not destination.exists() or not any(destination.iterdir()):
-        os.rename(temporary, destination)
+        os.rename(content, destination)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old-", dir=temporary.parent))
-    os.rename(destination, old)
+    os.rename(destination, replaced)
     try:
-        os.rename(temporary, destination)
+        os.rename(content, destination)
     except BaseException:
-        os.rename(old, destination)
+        os.rename(replaced, destination)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -6,18 +6,24 @@ Which weight gets which scheme is the recipe's business; how integers lie on dis
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from quantize.atomic_folder import atomic_folder
+from quantize.atomic_folder import resumable_folder
 from quantize.checkpoint import (
     CONFIG_FILE,
     FLOAT_TYPES,
@@ -29,6 +35,7 @@ from quantize.checkpoint import (
     open_checkpoint,
 )
 from quantize.errors import CheckpointError, RecipeError
+from quantize.journal import Journal
 from quantize.json_files import read_json_object
 from quantize.packing import pack_int4, packed_width
 from quantize.recipe import Recipe, Scheme
@@ -54,8 +61,13 @@ MAX_SHARD_BYTES = 4 * 2**30
 # took more memory, not less: glibc returns blocks above 32 MiB at once, and fragments its heap
 # with those below (peak above the program for 65,536 x 2816: 370 MB, with half of it 890 MB).
 _PIECE_ELEMENTS = 2**24
+# Of finished tensors, so much output or so much time is flushed together: what a kill may cost
+# beside the tensor in work.
+_FLUSH_BYTES = 64 * 2**20
+_FLUSH_AFTER_S = 1.0
 
-# Called with bytes of source weights done, bytes in all, and the weight just worked on.
+# Called with bytes of source weights done, bytes in all, and the weight just worked on; what an
+# earlier, interrupted call did is reported before any work.
 Progress = Callable[[int, int, str], None]
 
 
@@ -70,11 +82,14 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Quantizes the Hugging Face folder `source` into the new folder `destination`.
 
-    In memory at a time, beside torchao's temporaries: one matrix (an expert, a projection), of
-    which 64 MiB with min-max scales. Output files are reserved at their full size first, so a
-    full disk is found before the work. `destination` appears when it is whole. `overwrite`
-    replaces an earlier result of this function, nothing else. The same source, recipe and
-    versions give the same bytes. Raises CheckpointError, RecipeError and OutputError.
+    All processors work, each on a piece of at most 64 MiB in fp32 (with min-max scales; on a
+    whole matrix with HQQ's), and no more than two pieces for each are in memory. Output files are
+    reserved at their full size first, so a full disk is found before the work. `destination`
+    appears when it is whole. A call that was killed or interrupted leaves a hidden folder beside
+    it, from which the next call with the same source, recipe and versions goes on after the last
+    whole tensor. `overwrite` replaces an earlier result of this function, nothing else. The same
+    source, recipe and versions give the same bytes, on any number of processors and with any
+    interruptions. Raises CheckpointError, RecipeError and OutputError.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.is_quantized:
@@ -83,31 +98,56 @@ def quantize_checkpoint(
         )
     plan = plan_weights(checkpoint, recipe)
     shards = _split_into_shards(plan.weights, max_shard_bytes)
-    with atomic_folder(destination, overwrite=overwrite, is_ours=_is_quantized_folder) as folder:
+    work = _work(checkpoint.folder, recipe, max_shard_bytes)
+    with resumable_folder(destination, work, overwrite=overwrite, is_ours=_is_quantized_folder) as (
+        folder,
+        journal,
+    ):
         for name in COPIED_FILES:
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, folder / name)
-        rows: list[ReportRow] = []
         writers = [
             SafetensorsWriter(folder / file, _specs(weights)) for file, weights in shards.items()
         ]
         try:
-            done, total = 0, sum(weight.bytes_before for weight in plan.weights)
-            for writer, weights in zip(writers, shards.values(), strict=True):
-                for weight in weights:
-                    rows.append(_write_weight(checkpoint, weight, writer))
-                    done += weight.bytes_before
-                    if progress is not None:
-                        progress(done, total, weight.name)
+            writer_of = {
+                weight.name: writer
+                for writer, weights in zip(writers, shards.values(), strict=True)
+                for weight in weights
+            }
+            energies = _write_weights(
+                checkpoint, plan.weights, writer_of, journal, progress or _no_progress
+            )
+            for writer in writers:
                 writer.close()
         finally:
             for writer in writers:
                 writer.abandon()
         if len(shards) > 1:
             _write_json(folder / INDEX_FILE, _index(shards))
+        rows = [_row(weight, *energies[weight.name]) for weight in plan.weights]
         document = _recipe_document(recipe, plan, rows)
         _write_json(folder / RECIPE_FILE, document)
     return report_from_recipe_json(document)
+
+
+def _no_progress(done: int, total: int, name: str) -> None:
+    """Where nobody asked for it."""
+
+
+def _work(source: Path, recipe: Recipe, max_shard_bytes: int) -> str:
+    """A text that differs whenever the result could."""
+    files = sorted(path for path in source.iterdir() if path.suffix == ".safetensors")
+    files += [source / name for name in (*COPIED_FILES, INDEX_FILE) if (source / name).is_file()]
+    stats = [(path.name, path.stat()) for path in files]
+    parts = {
+        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "recipe": recipe.to_json(),
+        "versions": _versions(),
+        "schema_version": SCHEMA_VERSION,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -247,47 +287,187 @@ def _torchao_config(scheme: Scheme):
     )
 
 
-def _matrices(checkpoint: Checkpoint, weight: PlannedWeight) -> Iterator[torch.Tensor]:
-    """The weight's fp32 matrices in order: experts one by one, large matrices by rows."""
-    if len(weight.shape) == 3:
-        for index in range(weight.shape[0]):
-            yield checkpoint.get(weight.name, index)
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a weight that is worked on at once: an expert, or rows of a matrix; else all."""
+
+    weight: PlannedWeight
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    is_last: bool = True
+
+    @property
+    def elements(self) -> int:
+        shape = self.weight.shape
+        if self.index is not None:
+            return math.prod(shape[1:])
+        return math.prod(shape) if self.rows is None else shape[1] * (self.rows[1] - self.rows[0])
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """What becomes of a piece: parts of tensors to write, and energies as of `ReportRow`."""
+
+    parts: dict[str, torch.Tensor]
+    signal: float = 0.0
+    noise: float = 0.0
+
+
+def _pieces(weight: PlannedWeight) -> Iterator[_Piece]:
+    """In order: experts one by one, large matrices by rows."""
+    if weight.scheme is None:
+        yield _Piece(weight)
+    elif len(weight.shape) == 3:
+        experts = weight.shape[0]
+        for index in range(experts):
+            yield _Piece(weight, index=index, is_last=index == experts - 1)
     elif weight.scheme.scale_algorithm == "hqq":
         # torchao ends its search when no scale of the whole matrix moves any more: pieces
         # could end it at another step and so differ in the last bit.
-        yield checkpoint.get(weight.name)
+        yield _Piece(weight)
     else:
         rows, width = weight.shape
         step = max(1, _PIECE_ELEMENTS // width)
         for start in range(0, rows, step):
-            yield checkpoint.get_rows(weight.name, start, min(start + step, rows))
+            end = min(start + step, rows)
+            yield _Piece(weight, rows=(start, end), is_last=end == rows)
 
 
-def _write_weight(
-    checkpoint: Checkpoint, weight: PlannedWeight, writer: SafetensorsWriter
-) -> ReportRow:
-    scheme = weight.scheme
-    elements = math.prod(weight.shape)
+def _quantize_piece(checkpoint: Checkpoint, piece: _Piece) -> _Quantized:
+    name, scheme = piece.weight.name, piece.weight.scheme
     if scheme is None:
-        writer.append(weight.name, checkpoint.get_as_stored(weight.name))
-        return ReportRow(weight.name, "kept", elements, weight.bytes_before, weight.bytes_after)
+        return _Quantized({name: checkpoint.get_as_stored(name)})
+    if piece.rows is not None:
+        matrix = checkpoint.get_rows(name, *piece.rows)
+    else:
+        matrix = checkpoint.get(name, piece.index)
+    if not torch.isfinite(matrix).all():
+        raise CheckpointError(
+            f"Tensor {name} of {checkpoint.folder} holds values that are not finite; "
+            "fetch the checkpoint again."
+        )
+    quantized = quantize_weight(matrix, scheme)
+    packed = pack_int4(quantized.qdata) if scheme.bits == 4 else quantized.qdata
+    return _Quantized(
+        {f"{name}.qdata": packed, f"{name}.scale": quantized.scale},
+        _energy(matrix),
+        _energy(matrix - quantized.dequantize()),
+    )
+
+
+@contextmanager
+def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """A thread for each processor, in which torch's operators use no further ones.
+
+    Whole pieces side by side leave no processor waiting between two operators, and no sum depends
+    on how many processors there are.
+    """
+    before = torch.get_num_threads()
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    executor = ThreadPoolExecutor(count or 1, initializer=lambda: torch.set_num_threads(1))
+    try:
+        yield executor, count or 1
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _in_order(
+    checkpoint: Checkpoint, weights: list[PlannedWeight]
+) -> Iterator[tuple[_Piece, _Quantized]]:
+    """The pieces in order, worked on ahead: two for each processor, or one larger than all."""
+    import torchao.quantization  # noqa: F401 (once, before the threads)
+
+    with _workers() as (executor, count):
+        waiting: deque[tuple[_Piece, Future[_Quantized]]] = deque()
+        elements = 0
+        for weight in weights:
+            for piece in _pieces(weight):
+                while waiting and (
+                    len(waiting) >= 2 * count
+                    or elements + piece.elements > 2 * count * _PIECE_ELEMENTS
+                ):
+                    first, future = waiting.popleft()
+                    elements -= first.elements
+                    yield first, future.result()
+                future = executor.submit(_quantize_piece, checkpoint, piece)
+                waiting.append((piece, future))
+                elements += piece.elements
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+
+
+class _Finished:
+    """Weights that are whole in their files: flushes them, and only then tells the journal."""
+
+    def __init__(self, writer_of: dict[str, SafetensorsWriter], journal: Journal):
+        self._writer_of = writer_of
+        self._journal = journal
+        self._waiting: list[tuple[PlannedWeight, float, float]] = []
+        self._flushed_at = time.monotonic()
+
+    def add(self, weight: PlannedWeight, signal: float, noise: float) -> None:
+        self._waiting.append((weight, signal, noise))
+        waiting_bytes = sum(weight.bytes_after for weight, _, _ in self._waiting)
+        waited_s = time.monotonic() - self._flushed_at
+        if waiting_bytes >= _FLUSH_BYTES or waited_s >= _FLUSH_AFTER_S:
+            self.flush()
+
+    def flush(self) -> None:
+        for writer in {self._writer_of[weight.name] for weight, _, _ in self._waiting}:
+            writer.flush()
+        self._journal.append(
+            {"tensor": weight.name, "signal": signal, "noise": noise}
+            for weight, signal, noise in self._waiting
+        )
+        self._waiting.clear()
+        self._flushed_at = time.monotonic()
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    weights: tuple[PlannedWeight, ...],
+    writer_of: dict[str, SafetensorsWriter],
+    journal: Journal,
+    progress: Progress,
+) -> dict[str, tuple[float, float]]:
+    """Writes the weights that the journal does not have yet; gives signal and noise of all."""
+    energies = {entry["tensor"]: (entry["signal"], entry["noise"]) for entry in journal.records}
+    done, total = 0, sum(weight.bytes_before for weight in weights)
+    for weight in weights:
+        if weight.name in energies:
+            done += weight.bytes_before
+            for part in weight.specs:
+                writer_of[weight.name].skip(part)
+    if done:
+        progress(done, total, "done before")
+    todo = [weight for weight in weights if weight.name not in energies]
+    finished = _Finished(writer_of, journal)
     signal = noise = 0.0
-    for matrix in _matrices(checkpoint, weight):
-        if not torch.isfinite(matrix).all():
-            raise CheckpointError(
-                f"Tensor {weight.name} of {checkpoint.folder} holds values that are not finite; "
-                "fetch the checkpoint again."
-            )
-        quantized = quantize_weight(matrix, scheme)
-        packed = pack_int4(quantized.qdata) if scheme.bits == 4 else quantized.qdata
-        writer.append(f"{weight.name}.qdata", packed)
-        writer.append(f"{weight.name}.scale", quantized.scale)
-        signal += _energy(matrix)
-        noise += _energy(matrix - quantized.dequantize())
+    try:
+        with closing(_in_order(checkpoint, todo)) as pieces:
+            for piece, quantized in pieces:
+                weight = piece.weight
+                for part, tensor in quantized.parts.items():
+                    writer_of[weight.name].append(part, tensor)
+                signal, noise = signal + quantized.signal, noise + quantized.noise
+                done += weight.bytes_before * piece.elements // (math.prod(weight.shape) or 1)
+                if piece.is_last:
+                    energies[weight.name] = signal, noise
+                    finished.add(weight, signal, noise)
+                    signal = noise = 0.0
+                progress(done, total, weight.name)
+    finally:
+        finished.flush()
+    return energies
+
+
+def _row(weight: PlannedWeight, signal: float, noise: float) -> ReportRow:
     return ReportRow(
         weight.name,
-        scheme.label,
-        elements,
+        "kept" if weight.scheme is None else weight.scheme.label,
+        math.prod(weight.shape),
         weight.bytes_before,
         weight.bytes_after,
         signal,
@@ -330,9 +510,15 @@ def _index(shards: dict[str, list[PlannedWeight]]) -> dict:
     }
 
 
-def _recipe_document(recipe: Recipe, plan: Plan, rows: list[ReportRow]) -> dict:
-    import torchao
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchao": version("torchao"),
+    }
 
+
+def _recipe_document(recipe: Recipe, plan: Plan, rows: list[ReportRow]) -> dict:
     tensors = {}
     for weight, row in zip(plan.weights, rows, strict=True):
         entry = {
@@ -352,11 +538,7 @@ def _recipe_document(recipe: Recipe, plan: Plan, rows: list[ReportRow]) -> dict:
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.to_json(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchao": torchao.__version__,
-        },
+        "versions": _versions(),
         "tensors": tensors,
         "notes": list(plan.notes),
     }

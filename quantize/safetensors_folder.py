@@ -6,6 +6,8 @@ It knows shards, their index and headers; it knows nothing of quantization or of
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,13 +40,23 @@ ELEMENT_BYTES = {
 }
 
 
+# Pages that were read stay in the process's memory as long as their file is mapped: after so many
+# bytes it is mapped anew. What was read is a view, which keeps its own mapping as long as it lives.
+_MAPPED_BYTES = 256 * 2**20
+
+
 class SafetensorsFolder:
-    """Every tensor of a folder by name; opening it checks all headers against the files' sizes."""
+    """Every tensor of a folder by name; opening it checks all headers against the files' sizes.
+
+    Several threads may read.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._file_of: dict[str, str] = {}
         self._handles: dict[str, safe_open] = {}
+        self._bytes_read: Counter[str] = Counter()
+        self._reading = threading.Lock()
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
         if single.exists():
             self._file_of = {name: SINGLE_FILE for name in self._open(SINGLE_FILE)}
@@ -125,17 +137,25 @@ class SafetensorsFolder:
     ) -> torch.Tensor:
         """The tensor as stored, or the part `[index]` or `[rows[0]:rows[1]]` of its first axis."""
         part = self._slice(name)
+        file = self._file_of[name]
         try:
             if index is not None:
-                return part[index]
-            if rows is not None:
-                return part[rows[0] : rows[1]]
-            return self._handles[self._file_of[name]].get_tensor(name)
+                tensor = part[index]
+            elif rows is not None:
+                tensor = part[rows[0] : rows[1]]
+            else:
+                tensor = self._handles[file].get_tensor(name)
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"Tensor {name} of {self.folder / self._file_of[name]} cannot be read ({error}); "
+                f"Tensor {name} of {self.folder / file} cannot be read ({error}); "
                 "fetch the file again."
             ) from error
+        with self._reading:
+            self._bytes_read[file] += tensor.nbytes
+            if self._bytes_read[file] > _MAPPED_BYTES:
+                self._bytes_read[file] = 0
+                self._open(file)
+        return tensor
 
 
 def refuse_unprintable_names(path: Path, names: Iterable[str]) -> None:

@@ -33,7 +33,9 @@ class TensorSpec:
 class SafetensorsWriter:
     """Reserves the whole file at once, then takes each tensor's bytes in order.
 
-    Reserving finds a full disk before the work and not after it. Raises OSError.
+    Reserving finds a full disk before the work and not after it. A file that is there already, of
+    an interrupted process with the same `specs`, keeps its bytes: `skip` the tensors that are
+    whole in it. Raises OSError.
     """
 
     def __init__(self, path: Path, specs: dict[str, TensorSpec]):
@@ -56,14 +58,16 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by close())
+        self._unflushed = True
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115 (closed by close())
         try:
             total = self._data_start + offset
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), 0, total)
+                os.posix_fallocate(descriptor, 0, total)
             else:
                 self._file.truncate(total)
-            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._write(0, memoryview(len(text).to_bytes(8, "little") + text))
         except BaseException:
             self._file.close()
             raise
@@ -76,25 +80,35 @@ class SafetensorsWriter:
             raise ValueError(
                 f"{name} takes {self._end[name] - start} more bytes, not {data.nbytes}"
             )
-        self._file.seek(self._data_start + start)
-        self._file.write(data)
+        self._write(self._data_start + start, memoryview(data))
         self._next[name] = start + data.nbytes
 
+    def skip(self, name: str) -> None:
+        """Leaves tensor `name` as it lies in the file."""
+        self._next[name] = self._end[name]
+
+    def flush(self) -> None:
+        """Returns when all that was written is on the disk."""
+        if self._unflushed:
+            os.fsync(self._file.fileno())
+            self._unflushed = False
+
     def close(self) -> None:
-        """Flushes to the disk; raises ValueError if a tensor is not whole."""
+        """Flushes and closes; raises ValueError if a tensor is not whole."""
         try:
             for name, end in self._end.items():
                 if self._next[name] != end:
                     raise ValueError(f"{name} lacks {end - self._next[name]} bytes")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.flush()
         finally:
             self._file.close()
 
     def abandon(self) -> None:
         """Closes the unfinished file."""
-        # What is still buffered may not fit on the disk; the file is thrown away anyway.
-        try:
-            self._file.close()
-        except OSError:
-            return
+        self._file.close()
+
+    def _write(self, position: int, data: memoryview) -> None:
+        self._unflushed = True
+        while data:
+            written = os.pwrite(self._file.fileno(), data, position)
+            data, position = data[written:], position + written

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 PLAIN_LINE_EVERY_S = 5.0
+PACE_AFTER_S = 2.0
+"""An estimate from less would jump about."""
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text for people.")
@@ -38,6 +40,33 @@ def print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
 
 
+class _Pace:
+    """The time that is left, if the rest goes as what was done since the first call."""
+
+    def __init__(self) -> None:
+        # What is done at the first call was done before: by an earlier, interrupted command.
+        self._first: tuple[float, int] | None = None
+
+    def left_s(self, done: int, total: int, now_s: float) -> float | None:
+        """Seconds; None while there is nothing to judge by."""
+        if self._first is None or done < self._first[1]:
+            self._first = now_s, done
+        began_s, before = self._first
+        if done <= before or not total or now_s - began_s < PACE_AFTER_S:
+            return None
+        return (total - done) * (now_s - began_s) / (done - before)
+
+
+def _time_left(left_s: float | None) -> str:
+    if left_s is None:
+        return ""
+    minutes, seconds = divmod(round(left_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min left"
+    return f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left"
+
+
 class Reporter:
     """Takes `(done, total, what)` and shows it: a bar in a terminal, now and then a line else."""
 
@@ -50,22 +79,28 @@ class Reporter:
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("[dim]{task.fields[what]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(title, total=None, what="")
+        self._task = self._progress.add_task(title, total=None, what="", left="")
+        self._pace = _Pace()
         self._last_line = time.monotonic()
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Show that `done` of `total` units are done and what is being worked on."""
+        left = _time_left(self._pace.left_s(done, total, time.monotonic()))
         if self._console.is_terminal:
-            self._progress.update(self._task, completed=done, total=total or None, what=what)
+            self._progress.update(
+                self._task, completed=done, total=total or None, what=what, left=left
+            )
         elif time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
             share = f"{100 * done / total:.0f} %" if total else ""
-            self._console.print(f"{self._title}: {share} {what}", soft_wrap=True)
+            words = [f"{self._title}:", share, f"({left})" if left else "", what]
+            self._console.print(" ".join(filter(None, words)), markup=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
         """Say something that stays, above the bar."""

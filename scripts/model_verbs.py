@@ -46,14 +46,26 @@ def quantize(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a checkpoint's weights, as a recipe says, into an int4 checkpoint."""
+    """Quantize a checkpoint's weights, as a recipe says, into an int4 checkpoint.
+
+    After an interruption the same command goes on with the weight at which it was.
+    """
     chosen = _recipe(recipe, algorithm)
+    from quantize.atomic_folder import unfinished_work
     from quantize.quantizer import quantize_checkpoint
 
-    with reporting("quantizing") as progress:
-        report = quantize_checkpoint(
-            source, destination, chosen, progress=progress, overwrite=overwrite
-        )
+    try:
+        with reporting("quantizing") as progress:
+            report = quantize_checkpoint(
+                source, destination, chosen, progress=progress, overwrite=overwrite
+            )
+    except (KeyboardInterrupt, SystemExit):
+        if unfinished_work(destination):
+            err_console().print(
+                f"What is done of {destination} is kept; the same command goes on from there.",
+                soft_wrap=True,
+            )
+        raise
     total, layers = report.total(), report.by_layer()
     if as_json:
         rows = [

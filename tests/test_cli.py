@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from export.bundle import open_bundle
 from export.runtime import open_session
+from scripts.console import Reporter
 from scripts.live_canvas import LiveCanvas
 from scripts.pocketdiff import run
 from tests.toy_model import INFO
@@ -437,7 +438,7 @@ def test_an_interrupted_verb_leaves_nothing_under_its_final_name(
     try:
         # The work is done in a temporary folder beside the destination: wait for it to appear.
         until = time.monotonic() + 120
-        while not list(tmp_path.iterdir()):
+        while not list(tmp_path.glob(".*/content")):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < until
             time.sleep(0.02)
@@ -448,4 +449,47 @@ def test_an_interrupted_verb_leaves_nothing_under_its_final_name(
         process.kill()
     assert process.returncode == code, err
     assert out == "" and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    if verb == "export":
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert err.count("\n") == 1 and "the same command goes on from there" in err
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        assert run(command(verb, ROOT / "scripts/demo_model", tmp_path / "out")) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- progress ----------------------------------------------------------------------------------
+
+
+def test_the_time_left_is_of_the_pace_since_the_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = io.StringIO()
+    clock = SimpleNamespace(monotonic=lambda: clock.now)
+    clock.now = 0.0
+    monkeypatch.setattr("scripts.console.time", clock)
+    reporter = Reporter("quantizing", Console(file=said, width=100))
+    # Eighty of a hundred were done by an earlier command, and say nothing about this one's pace.
+    for now, done in ((10.0, 80), (16.0, 81), (30.0, 84), (130.0, 90)):
+        clock.now = now
+        reporter(done, 100, "a weight")
+    assert said.getvalue().splitlines() == [
+        "quantizing: 80 % a weight",
+        "quantizing: 81 % (1 min 54 s left) a weight",
+        "quantizing: 84 % (1 min 20 s left) a weight",
+        "quantizing: 90 % (2 min 0 s left) a weight",
+    ]
+
+
+def test_the_bar_in_a_terminal_shows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    clock = SimpleNamespace(monotonic=lambda: clock.now)
+    clock.now = 0.0
+    monkeypatch.setattr("scripts.console.time", clock)
+    reporter = Reporter("quantizing", Console(file=said, width=120, force_terminal=True))
+    reporter.start()
+    for now, done in ((0.0, 10), (10.0, 11)):
+        clock.now = now
+        reporter(done, 10_000, "a weight")
+    reporter.stop()
+    assert "27 h 44 min left" in said.getvalue()

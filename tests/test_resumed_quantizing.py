@@ -1,0 +1,333 @@
+"""Quantizing that was killed or interrupted: the next call goes on, to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantize import quantizer
+from quantize.atomic_folder import resumable_folder, unfinished_work
+from quantize.checkpoint import open_checkpoint
+from quantize.errors import CheckpointError, OutputError
+from quantize.journal import Journal
+from quantize.quantizer import quantize_checkpoint
+from quantize.recipe import preset
+
+ROOT = Path(__file__).parents[1]
+MAX_SHARD_BYTES = 3000
+_NAMES = (
+    "model.embed_tokens.weight",
+    "model.layers.0.experts.down_proj",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.1.experts.down_proj",
+    "model.norm.weight",
+)
+
+
+def _source(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "made_up"}')
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict(
+        zip(_NAMES, [(32, 128), (4, 8, 128), (24, 128), (3, 16, 128), (128,)], strict=True)
+    )
+    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def _quantize(tmp_path: Path, name: str, **options) -> list[tuple[int, int, str]]:
+    """Quantizes `in` to a folder; gives the calls of progress."""
+    calls = []
+    quantize_checkpoint(
+        tmp_path / "in",
+        tmp_path / name,
+        options.pop("recipe", preset()),
+        max_shard_bytes=MAX_SHARD_BYTES,
+        progress=lambda *call: calls.append(call),
+        **options,
+    )
+    return calls
+
+
+def _bytes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def _hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+# The progress is called once a piece: 1 + 4 + 1 + 3 + 1 times.
+_MOMENTS = {
+    "at the first piece": "0",
+    "in the first experts": "2",
+    "after the first experts": "4",
+    "in the second experts": "7",
+    "after the last weight": "9",
+    "before the recipe is written": "quantizer._write_json",
+    "before it gets its name": "atomic_folder._move_into_place",
+    "after it got its name": "atomic_folder._remove",
+}
+# One process imports torch, and a copy of it is killed at each moment.
+_KILLED = """
+import os, signal, sys
+from quantize import atomic_folder, quantizer
+from quantize.recipe import preset
+
+def kill(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def quantize(folder, moment):
+    calls = []
+    def progress(*call):
+        if moment == str(len(calls)):
+            kill()
+        calls.append(call)
+    if not moment.isdigit():
+        module, name = moment.split(".")
+        setattr({"quantizer": quantizer, "atomic_folder": atomic_folder}[module], name, kill)
+    quantizer._FLUSH_AFTER_S = 0.0
+    quantizer.quantize_checkpoint(
+        sys.argv[1] + "/in", sys.argv[1] + "/" + folder, preset(), progress=progress,
+        max_shard_bytes=int(sys.argv[2]),
+    )
+
+for number, moment in enumerate(sys.argv[3:]):
+    child = os.fork()
+    if child == 0:
+        quantize("out-%d" % number, moment)
+        os._exit(0)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A folder with the source `in`, the uninterrupted `whole`, and `out-N` of moment N."""
+    folder = tmp_path_factory.mktemp("killed")
+    _source(folder / "in")
+    _quantize(folder, "whole")
+    ended = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(folder), str(MAX_SHARD_BYTES), *_MOMENTS.values()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == [str(int(signal.SIGKILL))] * len(_MOMENTS), ended.stderr
+    return folder
+
+
+@pytest.mark.parametrize("moment", _MOMENTS)
+def test_what_a_kill_leaves_is_finished_to_the_same_bytes(killed, moment, monkeypatch):
+    name = f"out-{list(_MOMENTS).index(moment)}"
+    if moment == "after it got its name":
+        # It is whole; only a hidden rest is left, which the next call clears away.
+        assert _bytes(killed / name) == _bytes(killed / "whole")
+        assert f".{name}.partial" in _hidden(killed)
+        with pytest.raises(OutputError, match="exists already"):
+            _quantize(killed, name)
+        assert f".{name}.partial" not in _hidden(killed)
+        return
+    assert not (killed / name).exists()
+    worked_on = []
+    quantize_piece = quantizer._quantize_piece
+
+    def counted(checkpoint, piece):
+        worked_on.append(piece.weight.name)
+        return quantize_piece(checkpoint, piece)
+
+    monkeypatch.setattr(quantizer, "_quantize_piece", counted)
+    calls = _quantize(killed, name)
+    assert _bytes(killed / name) == _bytes(killed / "whole")
+    assert f".{name}.partial" not in _hidden(killed)
+    # No weight that was whole is worked on again, and progress begins behind them.
+    whole = {
+        "at the first piece": 1,
+        "in the first experts": 1,
+        "after the first experts": 2,
+        "in the second experts": 3,
+    }.get(moment, 5)
+    assert sorted(set(worked_on)) == sorted(_NAMES[whole:])
+    sizes = [
+        tensor.nbytes for tensor in map(load_file(killed / "in/model.safetensors").get, _NAMES)
+    ]
+    assert calls[0][:2] == (sum(sizes[:whole]), sum(sizes))
+    assert [call[0] for call in calls] == sorted(call[0] for call in calls)
+
+
+def _interrupt(tmp_path: Path, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    calls = []
+
+    def progress(*call):
+        calls.append(call)
+        if len(calls) == after:
+            raise error
+
+    with pytest.raises(error):
+        quantize_checkpoint(
+            tmp_path / "in", tmp_path / "out", preset(), progress=progress,
+            max_shard_bytes=MAX_SHARD_BYTES,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interruption_keeps_what_is_whole(tmp_path, error):
+    _source(tmp_path / "in")
+    _interrupt(tmp_path, 6, error)
+    assert _hidden(tmp_path) == [".out.partial"]
+    assert unfinished_work(tmp_path / "out")
+    # Without a flush in between, for less than a second has passed.
+    calls = _quantize(tmp_path, "out")
+    assert {call[2] for call in calls} == {"done before", *_NAMES[3:]}
+    assert not unfinished_work(tmp_path / "out")
+    assert _hidden(tmp_path) == []
+
+
+def test_an_interrupted_overwrite_leaves_the_earlier_result_until_it_is_whole(tmp_path):
+    _source(tmp_path / "in")
+    _quantize(tmp_path, "out", recipe=preset("int4-g64"))
+    _quantize(tmp_path, "whole")
+    before = _bytes(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(
+            tmp_path / "in", tmp_path / "out", preset(), progress=_raise, overwrite=True
+        )
+    assert _bytes(tmp_path / "out") == before
+    # Unasked it still is not overwritten, and the work is still kept.
+    with pytest.raises(OutputError, match="exists already"):
+        _quantize(tmp_path, "out")
+    assert unfinished_work(tmp_path / "out")
+    _quantize(tmp_path, "out", overwrite=True)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+    assert _hidden(tmp_path) == []
+
+
+def _raise(*call):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ["recipe", "source", "config", "shards"])
+def test_other_work_is_begun_anew(tmp_path, change):
+    source = _source(tmp_path / "in")
+    _interrupt(tmp_path, 6)
+    recipe, size = preset(), MAX_SHARD_BYTES
+    if change == "recipe":
+        recipe = preset("int4-g64")
+    elif change == "source":
+        tensors = load_file(source / "model.safetensors")
+        save_file({name: t + 1 for name, t in tensors.items()}, source / "model.safetensors")
+    elif change == "config":
+        (source / "config.json").write_text('{"model_type": "other"}')
+    else:
+        size = 10**9
+    calls = []
+    quantize_checkpoint(
+        source, tmp_path / "out", recipe, max_shard_bytes=size,
+        progress=lambda *call: calls.append(call),
+    )  # fmt: skip
+    assert {call[2] for call in calls} == set(_NAMES)
+    quantize_checkpoint(source, tmp_path / "whole", recipe, max_shard_bytes=size)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_a_wrong_weight_removes_what_was_done(tmp_path):
+    source = _source(tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    tensors[_NAMES[3]][1, 2, 3] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not finite"):
+        _quantize(tmp_path, "out")
+    assert _hidden(tmp_path) == []
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    _source(tmp_path / "in")
+    messages = []
+
+    def second(*call):
+        if not messages:
+            with pytest.raises(OutputError) as caught:
+                _quantize(tmp_path, "out")
+            messages.append(str(caught.value))
+
+    quantize_checkpoint(tmp_path / "in", tmp_path / "out", preset(), progress=second)
+    assert "Another process is writing" in messages[0]
+    assert open_checkpoint(tmp_path / "out").is_quantized
+
+
+def test_the_number_of_processors_changes_no_bit(tmp_path, monkeypatch):
+    _source(tmp_path / "in")
+    for count in (1, 2, 5):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=count: range(n))
+        _quantize(tmp_path, str(count))
+    assert _bytes(tmp_path / "1") == _bytes(tmp_path / "2") == _bytes(tmp_path / "5")
+
+
+def test_threads_of_torch_are_as_before(tmp_path):
+    before = torch.get_num_threads()
+    _source(tmp_path / "in")
+    _interrupt(tmp_path, 2)
+    assert torch.get_num_threads() == before
+
+
+# The journal by itself.
+
+
+def test_half_a_line_of_a_journal_is_cut_off(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "work")
+    journal.begin()
+    journal.append([{"n": 1}, {"n": 2}])
+    journal.close()
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        journal = Journal(path, "work")
+        lines = whole[:end].count(b"\n")
+        assert journal.is_new == (lines == 0)
+        assert journal.records == [{"n": 1}, {"n": 2}][: max(0, lines - 1)]
+        if not journal.is_new:
+            journal.append([{"n": 3}])
+            assert json.loads(path.read_text().splitlines()[-1]) == {"n": 3}
+            assert len(path.read_text().splitlines()) == lines + 1
+        journal.close()
+
+
+def test_a_kill_between_two_renames_brings_the_earlier_result_back(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        resumable_folder(tmp_path / "out", "work", overwrite=True, is_ours=lambda _: True) as (
+            folder,
+            journal,
+        ),
+    ):
+        (folder / "new").touch()
+        journal.append([{"done": "new"}])
+        raise KeyboardInterrupt
+    os.rename(tmp_path / "out", tmp_path / ".out.partial" / "replaced")
+    with (
+        pytest.raises(OutputError, match="exists already"),
+        resumable_folder(tmp_path / "out", "work"),
+    ):
+        pass
+    assert (tmp_path / "out" / "old").exists()
+    with resumable_folder(tmp_path / "out", "work", overwrite=True, is_ours=lambda _: True) as (
+        folder,
+        journal,
+    ):
+        assert journal.records == [{"done": "new"}]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert _hidden(tmp_path) == []
