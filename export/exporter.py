@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from export.backends import LoweredStage, check_backend, lower_stage
+from export.backends.stamping import Forms
 from export.bundle import (
     Bundle,
     Manifest,
@@ -37,6 +39,7 @@ def export_bundle(
     maximum_context: int | None = None,
     experts: Literal["auto", "dense", "gather"] = "auto",
     truncation: bool | None = None,
+    layers_per_stage: int | None = None,
     backend: str = "xnnpack",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -49,6 +52,8 @@ def export_bundle(
         maximum_context: positions of the KV cache, canvas included; None: the family's default.
         experts: how a mixture of experts is computed; `auto` takes the cheaper by estimate.
         truncation: whether top-p and top-k can be set; None: if the checkpoint's settings do.
+        layers_per_stage: cut the layers into stages of so many, each with its own program, which
+            are lowered once for each form they have; None: all layers are one stage.
         backend: one of `export.backends.BACKENDS`.
         progress: called with (done, total, what); the unit is one piece of work.
 
@@ -59,20 +64,26 @@ def export_bundle(
     check_backend(backend)
     checkpoint = open_checkpoint(source)
     tokenizer = tokenizer_files(checkpoint.folder)
-    with stage_bundle(destination, overwrite=overwrite) as writer:
+    with ExitStack() as stack:
+        writer = stack.enter_context(stage_bundle(destination, overwrite=overwrite))
         report = progress or (lambda done, total, what: None)
         report(0, 1, "loading the weights")
         model = stage_model(
-            checkpoint, maximum_context=maximum_context, experts=experts, truncation=truncation
+            checkpoint,
+            maximum_context=maximum_context,
+            experts=experts,
+            truncation=truncation,
+            layers_per_stage=layers_per_stage,
         )
         if tokenizer is not None:
             _check_tokenizer(tokenizer, model)
             writer.path(TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())
         described, delegation = [], {}
+        forms = stack.enter_context(Forms.beside(destination, backend))
         total = len(model.stages) + 2
         for done, stage in enumerate(model.stages, start=1):
             report(done, total, f"lowering {stage.name}")
-            lowered = lower_stage(stage, backend)
+            lowered = forms.lower(stage) if stage.form else lower_stage(stage, backend)
             lowered.write(writer.path(_file(stage)))
             described.append(_describe(stage, lowered))
             delegation[stage.name] = lowered.delegation

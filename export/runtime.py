@@ -313,7 +313,7 @@ class BundleModel(UniformDiffusionTensors):
 def eager_stages(staged: StagedModel) -> LoadedStages:
     """A model's stages as its family builds them, run by PyTorch without being lowered."""
     *layers, head = (
-        _LoadedStage(stage.name, stage.input_names, stage.output_names, _eager(stage.module))
+        _LoadedStage(stage.name, stage.input_names, stage.output_names, _eager(stage.load()))
         for stage in staged.stages
     )
     return LoadedStages(

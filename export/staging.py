@@ -5,13 +5,14 @@ Which families there are is the table in `export/models/__init__.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from export.bundle import Call, Decoding, Experts, ModelInfo, Role, Sampler, SpecialTokens, Style
+from export.weights import Weights
 
 # What the stages of uniform diffusion take from the loop, and what they must give back.
 LAYERS_INPUTS = ("tokens", "start", "denoise", "signal")
@@ -46,21 +47,41 @@ AUTOREGRESSIVE_HEAD_OUTPUTS = ("token", "log_prob", "entropy")
 
 
 @dataclass(frozen=True)
+class Form:
+    """What stages of one graph share: they differ in their weights alone and are lowered once.
+
+    `build` makes the module from weights under the names of the form's first stage; `weights` are
+    the stage's own under those names.
+    """
+
+    name: str
+    build: Callable[[Weights], nn.Module]
+    weights: Weights
+
+
+@dataclass(frozen=True)
 class StageModule:
     """One stage: its module, the inputs to trace it with, and the names that pass between stages.
 
-    `mutates_buffers` tells a stage that owns a KV cache. `dynamic` is, for an input, axis -> name
-    of a length that may vary from 1 to that of the example; the same name is the same length.
+    `module` may be what builds the module, so that not all need be held at once: see `load`.
+    `form` is None for a stage whose graph no other has. `mutates_buffers` tells a stage that owns a
+    KV cache. `dynamic` is, for an input, axis -> name of a length that may vary from 1 to that of
+    the example; the same name is the same length.
     """
 
     name: str
     role: Role
-    module: nn.Module
+    module: nn.Module | Callable[[], nn.Module]
     example_inputs: tuple[Tensor, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     mutates_buffers: bool = False
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    form: Form | None = None
+
+    def load(self) -> nn.Module:
+        """The module, built now if it is not there yet; it is not kept."""
+        return self.module if isinstance(self.module, nn.Module) else self.module()
 
 
 @dataclass(frozen=True)

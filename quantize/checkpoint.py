@@ -5,6 +5,7 @@ Everything read is untrusted: no pickle is loaded and no code of a checkpoint is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,16 @@ SCHEMA_VERSION = 1
 FLOAT_TYPES = {"F32", "F16", "BF16"}
 # How torchao's tensor spells the recipe's `int8_dynamic`.
 _TORCHAO_ACTIVATION = {"int8_dynamic": "int8_asym_per_token", "none": None}
+
+
+@dataclass(frozen=True)
+class PackedIntegers:
+    """A quantized weight as it is stored: `qdata` int8, or uint8 with two 4-bit integers a byte
+    (see quantize/packing.py), and `scale` in its stored type."""
+
+    bits: int
+    qdata: torch.Tensor
+    scale: torch.Tensor
 
 
 class Checkpoint:
@@ -91,6 +102,16 @@ class Checkpoint:
         self._check_float(name)
         return self._files.read(name, index).to(torch.float32)
 
+    def get_packed(self, name: str, index: int | None = None) -> PackedIntegers | None:
+        """The integers and scales of what `get` gives, as stored; None for a plain weight.
+
+        Raises CheckpointError.
+        """
+        if name not in self._quantized:
+            return None
+        qdata = self._files.read(f"{name}.qdata", index)
+        return PackedIntegers(self._quantized[name].bits, qdata, self._scale(name, index))
+
     def get_rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Rows `start:end` of a plain weight's first axis as fp32; raises CheckpointError."""
         self._check_float(name)
@@ -114,12 +135,7 @@ class Checkpoint:
 
         stored = self._quantized[name]
         qdata = self._files.read(f"{name}.qdata", index)
-        scale = self._files.read(f"{name}.scale", index)
-        if not torch.isfinite(scale).all():
-            raise CheckpointError(
-                f"Tensor {name}.scale of {self.folder} holds values that are not finite; "
-                "quantize the checkpoint again."
-            )
+        scale = self._scale(name, index)
         if stored.bits == 4:
             qdata = unpack_int4(qdata, stored.shape[-1])
         return IntxUnpackedToInt8Tensor(
@@ -131,6 +147,15 @@ class Checkpoint:
             dtype=torch.float32,
             activation_quantization=_TORCHAO_ACTIVATION[stored.activation],
         )
+
+    def _scale(self, name: str, index: int | None) -> torch.Tensor:
+        scale = self._files.read(f"{name}.scale", index)
+        if not torch.isfinite(scale).all():
+            raise CheckpointError(
+                f"Tensor {name}.scale of {self.folder} holds values that are not finite; "
+                "quantize the checkpoint again."
+            )
+        return scale
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -151,6 +151,15 @@ def export(
             show_default=False,
         ),
     ] = None,
+    layers_per_stage: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut the layers into programs of so many: lowered once for each form they have, "
+            "and run in less memory than the model (default: one program).",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="What the programs are lowered to.")] = "xnnpack",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -163,6 +172,8 @@ def export(
         options["maximum_context"] = maximum_context
     if truncation is not None:
         options["truncation"] = truncation
+    if layers_per_stage is not None:
+        options["layers_per_stage"] = layers_per_stage
     with reporting("exporting") as progress:
         bundle = export_bundle(source, destination, progress=progress, **options)
     if as_json:

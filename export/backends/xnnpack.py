@@ -47,13 +47,14 @@ def lower_stage(stage: StageModule) -> LoweredStage:
     from export.backends.dynamic_rows import DynamicRowsPass
     from export.backends.xnnpack_experts import ExpertsApart
 
-    experts = ExpertsApart(stage.module)
+    module = stage.load()
+    experts = ExpertsApart(module)
     with _quiet(), _shared_provenance(), _rare_collections(), torch.no_grad():
         # Cloned: one tensor given for two inputs would be traced as one input used twice.
         inputs = tuple(tensor.clone() for tensor in stage.example_inputs)
         with experts.hidden():
             exported = torch.export.export(
-                stage.module, inputs, dynamic_shapes=_dynamic_shapes(stage), strict=False
+                module, inputs, dynamic_shapes=_dynamic_shapes(stage), strict=False
             )
         # The plain partitioner takes dynamically quantized linears, too. With the one made for
         # them in front, each linear becomes a delegate of its own (seven times as many), and the
@@ -66,7 +67,7 @@ def lower_stage(stage: StageModule) -> LoweredStage:
         )
         experts.insert(edge)
         delegated = _delegated_operators(edge.exported_program().graph_module)
-        _check_linears(stage, delegated[QUANTIZED_LINEAR])
+        _check_linears(stage.name, module, delegated[QUANTIZED_LINEAR])
         program = edge.to_executorch(
             ExecutorchBackendConfig(
                 # Keeps the KV cache's writes in place. Numerically wrong on temporaries, so every
@@ -136,11 +137,11 @@ def _instructions(plan: Any) -> tuple[int, Counter[str]]:
     return delegates, portable
 
 
-def _check_linears(stage: StageModule, found: int) -> None:
-    expected = sum(_is_dynamically_quantized(p) for p in stage.module.parameters())
+def _check_linears(stage: str, module: torch.nn.Module, found: int) -> None:
+    expected = sum(_is_dynamically_quantized(p) for p in module.parameters())
     if found != expected:
         raise LoweringError(
-            f"stage {stage.name}: {found} of {expected} quantized linears reached XNNPACK as "
+            f"stage {stage}: {found} of {expected} quantized linears reached XNNPACK as "
             "int8-dynamic products; this is a fault of the exporter, report it with the config"
         )
 

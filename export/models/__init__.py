@@ -25,7 +25,11 @@ FAMILIES = {
     "llada": "export.models.dense_stages",
     "sdar": "export.models.dense_stages",
 }
-"""Each module has `stage_model(checkpoint, *, maximum_context, experts, truncation)`."""
+"""Each module has `stage_model(checkpoint, *, maximum_context, experts, truncation)`; those of
+`CUTTING` take `layers_per_stage` as well."""
+
+CUTTING = ("diffusion_gemma",)
+"""Families whose layers can be cut into stages."""
 
 
 def stage_model(
@@ -34,6 +38,7 @@ def stage_model(
     maximum_context: int | None = None,
     experts: Literal["auto", "dense", "gather"] = "auto",
     truncation: bool | None = None,
+    layers_per_stage: int | None = None,
 ) -> Any:
     """Build a checkpoint's stages with its weights loaded.
 
@@ -43,6 +48,8 @@ def stage_model(
         experts: how a mixture of experts is computed; `auto` takes the cheaper by estimate.
         truncation: whether top-p and top-k are in the graph of the head, which costs time and
             memory; None: if the checkpoint's own settings use them.
+        layers_per_stage: cut the layers into stages of so many, each with its own program; None:
+            all layers are one stage.
 
     Returns:
         A `export.staging.StagedModel`.
@@ -60,6 +67,14 @@ def stage_model(
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = import_module(FAMILIES[model_type])
+    cut: dict[str, Any] = {}
+    if model_type in CUTTING:
+        cut["layers_per_stage"] = layers_per_stage
+    elif layers_per_stage is not None:
+        raise CheckpointError(
+            f"the layers of {model_type} cannot be cut into stages of {layers_per_stage}; leave "
+            f"that out, or take one of {', '.join(CUTTING)}"
+        )
     return family.stage_model(
-        checkpoint, maximum_context=maximum_context, experts=experts, truncation=truncation
+        checkpoint, maximum_context=maximum_context, experts=experts, truncation=truncation, **cut
     )

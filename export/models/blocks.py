@@ -116,6 +116,13 @@ class Rotary:
         angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
         self.cos, self.sin = torch.cos(angles).unsqueeze(1), torch.sin(angles).unsqueeze(1)
 
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor) -> Rotary:
+        """The same from its cosines and sines, `[T, 1, head size / 2]`."""
+        rotary = cls.__new__(cls)
+        rotary.cos, rotary.sin = cos, sin
+        return rotary
+
     def turn(self, x: Tensor) -> Tensor:
         """Rotate `[T, heads, head size]`."""
         half = x.shape[-1] // 2

@@ -6,6 +6,7 @@ sampler (export/head.py). Reference: `DiffusionGemmaForBlockDiffusion` of transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from export.models.experts import (
     GatheredExperts,
     stack_experts,
 )
+from export.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 
@@ -37,6 +39,7 @@ MODEL_TYPE = "diffusion_gemma"
 EMBEDDING_NAME = "model.decoder.embed_tokens.weight"
 VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 ENCODER_PREFIX = "model.encoder.language_model."
+DECODER_PREFIX = "model.decoder."
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class LayerConfig:
     is_sliding: bool
     head_dim: int
     num_kv_heads: int
+
+    @property
+    def kind(self) -> str:
+        """As `layer_types` of config.json has it."""
+        return "sliding_attention" if self.is_sliding else "full_attention"
 
 
 @dataclass(frozen=True)
@@ -292,7 +300,7 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.norm_eps
-        self.kind = "sliding_attention" if layer.is_sliding else "full_attention"
+        self.kind = layer.kind
         self.self_attn = Attention(config, layer, cache_length)
         self.mlp = GatedMLP(hidden, config.intermediate_size)
         self.router = Router(config)
@@ -333,71 +341,58 @@ class Layer(nn.Module):
         return out * torch.index_select(self.layer_scalar, 0, denoise)
 
 
-class DiffusionGemmaLayers(nn.Module):
-    """The stage from tokens to hidden states: embedding, self-conditioning, layers, final norm.
+class CanvasEntry(nn.Module):
+    """From tokens to what the layers take: embedded rows, masks, rotary angles.
 
     One graph serves prefill, commit and denoising, told apart by an input, because two methods of
     one program cannot share the KV cache on Android.
     """
 
-    def __init__(
-        self,
-        config: DiffusionGemmaConfig,
-        *,
-        maximum_context: int,
-        computation: ExpertComputation,
-    ) -> None:
+    def __init__(self, config: DiffusionGemmaConfig, *, maximum_context: int) -> None:
         """Build without weights; `maximum_context` counts committed tokens and one canvas."""
         super().__init__()
         self.config = config
         self.maximum_context = maximum_context
-        self.computation = computation
         self.embed_tokens = nn.Embedding(config.vocabulary_size, config.hidden_size, device="meta")
         self.embed_scale = config.hidden_size**0.5
         self.self_conditioning = SelfConditioning(config)
-        self.layers = nn.ModuleList(
-            Layer(config, layer, maximum_context, computation) for layer in config.layers
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         for kind, rotary in config.rotary.items():
-            head_dim = next(
-                layer.head_dim
-                for layer in config.layers
-                if layer.is_sliding == (kind == "sliding_attention")
-            )
+            head_dim = next(layer.head_dim for layer in config.layers if layer.kind == kind)
             frequencies = inverse_frequencies(rotary, head_dim)
             self.register_buffer(f"{kind}_frequencies", frequencies, persistent=False)
         self.register_buffer("key_positions", torch.arange(maximum_context), persistent=False)
         self.register_buffer("canvas_offsets", torch.arange(config.canvas_length), persistent=False)
 
-    def forward(self, tokens: Tensor, start: Tensor, denoise: Tensor, signal: Tensor) -> Tensor:
-        """Run the layers over one canvas length of positions.
-
-        Args:
-            tokens: ids `[1, T]` int64; a short prompt chunk is padded with any id.
-            start: position of the first token, `[1]` int64, with start + T <= maximum context.
-            denoise: `[1]` int64; 0 encodes causally and commits K/V, 1 denoises bidirectionally
-                over the committed context and the canvas, and leaves K/V as scratch.
-            signal: soft embedding of the previous step, `[1, T, H]`; zeros on the first step.
+    def forward(
+        self, tokens: Tensor, start: Tensor, denoise: Tensor, signal: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The inputs of `LayerGroup`; the arguments are those of `DiffusionGemmaLayers`.
 
         Returns:
-            Normed hidden states `[1, T, H]`.
+            Rows `[1, T, H]`, then for each kind of layer of `config.rotary` the additive mask
+            `[T, L]` and the cosines and sines `[T, 1, head size / 2]`.
         """
         positions = start + self.canvas_offsets
+        values = [self.embed(tokens, denoise, signal)]
+        masks, rotaries = self.masks(start, positions, denoise), self.rotaries(positions)
+        for kind in self.config.rotary:
+            values += [masks[kind], rotaries[kind].cos, rotaries[kind].sin]
+        return tuple(values)
+
+    def embed(self, tokens: Tensor, denoise: Tensor, signal: Tensor) -> Tensor:
+        """Embedded rows `[1, T, H]`, self-conditioned in denoising."""
         embedding = self.embed_tokens(tokens) * self.embed_scale
         is_denoise = (denoise == 1).view(1, 1, 1)
-        hidden = torch.where(is_denoise, self.self_conditioning(embedding, signal), embedding)
-        hidden = hidden.squeeze(0)
-        masks = self._masks(start, positions, denoise)
-        rotaries = {
+        return torch.where(is_denoise, self.self_conditioning(embedding, signal), embedding)
+
+    def rotaries(self, positions: Tensor) -> dict[str, Rotary]:
+        """Rotary embedding of each kind of layer."""
+        return {
             kind: Rotary(positions, getattr(self, f"{kind}_frequencies"))
             for kind in self.config.rotary
         }
-        for layer in self.layers:
-            hidden = layer(hidden, positions, rotaries[layer.kind], masks[layer.kind], denoise)
-        return self.norm(hidden).unsqueeze(0)
 
-    def _masks(self, start: Tensor, positions: Tensor, denoise: Tensor) -> dict[str, Tensor]:
+    def masks(self, start: Tensor, positions: Tensor, denoise: Tensor) -> dict[str, Tensor]:
         """Additive masks `[T, L]`.
 
         Encode: key <= query, and key > query - window on sliding layers. Denoise: every row sees
@@ -412,10 +407,105 @@ class DiffusionGemmaLayers(nn.Module):
         return {kind: torch.where(visible[kind], 0.0, MASKED) for kind in self.config.rotary}
 
 
+class DiffusionGemmaLayers(CanvasEntry):
+    """The stage from tokens to hidden states: embedding, self-conditioning, layers, final norm."""
+
+    def __init__(
+        self,
+        config: DiffusionGemmaConfig,
+        *,
+        maximum_context: int,
+        computation: ExpertComputation,
+    ) -> None:
+        """Build without weights; `maximum_context` counts committed tokens and one canvas."""
+        super().__init__(config, maximum_context=maximum_context)
+        self.computation = computation
+        self.layers = nn.ModuleList(
+            Layer(config, layer, maximum_context, computation) for layer in config.layers
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, start: Tensor, denoise: Tensor, signal: Tensor
+    ) -> Tensor:
+        """Run the layers over one canvas length of positions.
+
+        Args:
+            tokens: ids `[1, T]` int64; a short prompt chunk is padded with any id.
+            start: position of the first token, `[1]` int64, with start + T <= maximum context.
+            denoise: `[1]` int64; 0 encodes causally and commits K/V, 1 denoises bidirectionally
+                over the committed context and the canvas, and leaves K/V as scratch.
+            signal: soft embedding of the previous step, `[1, T, H]`; zeros on the first step.
+
+        Returns:
+            Normed hidden states `[1, T, H]`.
+        """
+        positions = start + self.canvas_offsets
+        hidden = self.embed(tokens, denoise, signal).squeeze(0)
+        masks, rotaries = self.masks(start, positions, denoise), self.rotaries(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, positions, rotaries[layer.kind], masks[layer.kind], denoise)
+        return self.norm(hidden).unsqueeze(0)
+
+
+class LayerGroup(nn.Module):
+    """Consecutive layers as a stage of their own, with the KV cache of these layers."""
+
+    def __init__(
+        self,
+        config: DiffusionGemmaConfig,
+        layers: Sequence[LayerConfig],
+        *,
+        maximum_context: int,
+        computation: ExpertComputation,
+    ) -> None:
+        """Build without weights."""
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Layer(config, layer, maximum_context, computation) for layer in layers
+        )
+        self.kinds = kinds_of(config, layers)
+        self.register_buffer("canvas_offsets", torch.arange(config.canvas_length), persistent=False)
+
+    def forward(self, hidden: Tensor, start: Tensor, denoise: Tensor, *shared: Tensor) -> Tensor:
+        """Map rows `[1, T, H]` to `[1, T, H]`.
+
+        `shared` is, for each kind among the layers, what `CanvasEntry` gives for it.
+        """
+        positions = start + self.canvas_offsets
+        given = {
+            kind: (shared[3 * i], Rotary.of(*shared[3 * i + 1 : 3 * i + 3]))
+            for i, kind in enumerate(self.kinds)
+        }
+        rows = hidden.squeeze(0)
+        for layer in self.layers:
+            mask, rotary = given[layer.kind]
+            rows = layer(rows, positions, rotary, mask, denoise)
+        return rows.unsqueeze(0)
+
+
+class FinalNorm(nn.Module):
+    """The norm behind the last layer, as a stage of its own."""
+
+    def __init__(self, config: DiffusionGemmaConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalize `[1, T, H]`."""
+        return self.norm(hidden)
+
+
+def kinds_of(config: DiffusionGemmaConfig, layers: Sequence[LayerConfig]) -> tuple[str, ...]:
+    """The kinds of attention among `layers`, in the order of `config.rotary`."""
+    present = {layer.kind for layer in layers}
+    return tuple(kind for kind in config.rotary if kind in present)
+
+
 def build_layers(
     checkpoint: Checkpoint, *, maximum_context: int, computation: ExpertComputation
 ) -> tuple[DiffusionGemmaLayers, list[str]]:
-    """Build the stage and load its weights from an fp32 or int4 checkpoint.
+    """Build the stage of all layers and load its weights from an fp32 or int4 checkpoint.
 
     Returns:
         The module in eval mode, and notes about tensors that were left out on purpose.
@@ -425,17 +515,32 @@ def build_layers(
             another shape than the config says.
     """
     config = DiffusionGemmaConfig.from_checkpoint_config(checkpoint.config)
+    check_context(config, maximum_context)
+    model = DiffusionGemmaLayers(config, maximum_context=maximum_context, computation=computation)
+    used = load_weights(model, checkpoint)
+    return model.eval(), unused_notes(checkpoint.names() - used)
+
+
+def check_context(config: DiffusionGemmaConfig, maximum_context: int) -> None:
+    """Raise CheckpointError for a context that does not hold a canvas."""
     if maximum_context < config.canvas_length:
         raise CheckpointError(
             f"maximum context {maximum_context} is shorter than one canvas of "
             f"{config.canvas_length}; give at least that"
         )
-    model = DiffusionGemmaLayers(config, maximum_context=maximum_context, computation=computation)
+
+
+def load_weights(model: nn.Module, weights: Weights, first_layer: int = 0) -> set[str]:
+    """Give a module of this file its weights; its layer 0 is layer `first_layer` of the model.
+
+    Returns the names of the tensors that were used. Raises CheckpointError for one that is missing
+    or has another shape than the module.
+    """
     used: set[str] = set()
 
     def load(name: str, shape: torch.Size, index: int | None = None) -> Tensor:
         used.add(name)
-        stored = tuple(checkpoint.shape(name))
+        stored = tuple(weights.shape(name))
         stacked = len(stored) == 3 and index is None
         if index is not None:
             stored = stored[1:]
@@ -443,40 +548,45 @@ def build_layers(
             stored = (stored[0] * stored[1], stored[2])
         if stored != tuple(shape):
             raise CheckpointError(
-                f"tensor {name} has shape {list(checkpoint.shape(name))}, which does not fit "
+                f"tensor {name} has shape {list(weights.shape(name))}, which does not fit "
                 "config.json; take config and weights from one checkpoint"
             )
-        weight = checkpoint.get(name, index)
+        weight = weights.get(name, index)
         return stack_experts(weight) if stacked else weight
 
     for path, parameter in list(model.named_parameters()):
         owner_path, _, leaf = path.rpartition(".")
         owner = model.get_submodule(owner_path)
-        weight = load(*_checkpoint_name(path, parameter.shape))
-        if owner is model.embed_tokens:
+        weight = load(*_checkpoint_name(path, parameter.shape, first_layer))
+        if isinstance(owner, nn.Embedding):
             weight = lookup_table(weight)
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(getattr(model, "layers", ()), start=first_layer):
         scalars = [
             load(f"{ENCODER_PREFIX}layers.{i}.layer_scalar", torch.Size([1])),
-            load(f"model.decoder.layers.{i}.layer_scalar", torch.Size([1])),
+            load(f"{DECODER_PREFIX}layers.{i}.layer_scalar", torch.Size([1])),
         ]
         layer.layer_scalar.copy_(torch.cat(scalars))
-    return model.eval(), _notes(checkpoint.names() - used)
+    return used
 
 
-def _checkpoint_name(path: str, shape: torch.Size) -> tuple[str, torch.Size, int | None]:
+def _checkpoint_name(
+    path: str, shape: torch.Size, first_layer: int
+) -> tuple[str, torch.Size, int | None]:
     """Map a parameter's path here to the checkpoint's tensor, its shape here, and its slice."""
     parts = path.split(".")
+    if parts[0] == "layers":
+        parts[1] = str(first_layer + int(parts[1]))
     if "experts" not in parts:
-        return f"model.decoder.{path}", shape, None
+        return DECODER_PREFIX + ".".join(parts), shape, None
     # layers.I.experts.{experts.E.}{gate_up_proj|down_proj}{.E}.weight
     leaf = next(part for part in parts if part.endswith("_proj"))
     index = next((int(part) for part in parts[2:] if part.isdigit()), None)
-    return f"model.decoder.layers.{parts[1]}.experts.{leaf}", shape, index
+    return f"{DECODER_PREFIX}layers.{parts[1]}.experts.{leaf}", shape, index
 
 
-def _notes(unused: set[str]) -> list[str]:
+def unused_notes(unused: set[str]) -> list[str]:
+    """What to tell about tensors of the checkpoint that no module took."""
     vision = [name for name in unused if name.startswith(VISION_PREFIXES)]
     tied = [name for name in unused if name.startswith(ENCODER_PREFIX) or name == "lm_head.weight"]
     other = sorted(unused - set(vision) - set(tied))

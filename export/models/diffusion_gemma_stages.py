@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from export.bundle import Experts, ModelInfo, Sampler, SpecialTokens
-from export.expert_choice import choose_expert_computation
+from export.expert_choice import ExpertComputation, choose_expert_computation
 from export.head import DiffusionHead, head_example_inputs
-from export.models.diffusion_gemma import EMBEDDING_NAME, DiffusionGemmaConfig, build_layers
+from export.models.diffusion_gemma import (
+    EMBEDDING_NAME,
+    CanvasEntry,
+    DiffusionGemmaConfig,
+    FinalNorm,
+    LayerConfig,
+    LayerGroup,
+    build_layers,
+    check_context,
+    kinds_of,
+    load_weights,
+)
 from export.staging import (
     HEAD_INPUTS,
     HEAD_OUTPUTS,
     LAYERS_INPUTS,
     LAYERS_OUTPUTS,
+    Form,
     StagedModel,
     StageModule,
 )
 from export.uniform_diffusion import UniformDiffusionSettings
+from export.weights import RenamedWeights, Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, InputError
 
@@ -33,8 +50,9 @@ def stage_model(
     maximum_context: int | None,
     experts: Literal["auto", "dense", "gather"],
     truncation: bool | None,
+    layers_per_stage: int | None,
 ) -> StagedModel:
-    """Build the two stages; see `export.models.stage_model`."""
+    """Build the stages; see `export.models.stage_model`."""
     config = DiffusionGemmaConfig.from_checkpoint_config(checkpoint.config)
     if truncation:
         raise CheckpointError(
@@ -56,14 +74,21 @@ def stage_model(
         top_k=config.top_k,
     )
     computation = choice.computation if experts == "auto" else experts
-    layers, notes = build_layers(
-        checkpoint, maximum_context=maximum_context, computation=computation
-    )
-    head = DiffusionHead(
-        checkpoint.get(EMBEDDING_NAME), soft_cap=config.soft_cap, canvas_length=canvas
-    ).eval()
-    tokens = torch.zeros(1, canvas, dtype=torch.int64)
-    position = torch.zeros(1, dtype=torch.int64)
+    check_context(config, maximum_context)
+    if layers_per_stage is None:
+        module, notes = build_layers(
+            checkpoint, maximum_context=maximum_context, computation=computation
+        )
+        layers: list[StageModule] = [_all_layers(config, module)]
+    else:
+        layers = _cut_layers(checkpoint, config, maximum_context, computation, layers_per_stage)
+        notes = []
+
+    def head() -> torch.nn.Module:
+        return DiffusionHead(
+            checkpoint.get(EMBEDDING_NAME), soft_cap=config.soft_cap, canvas_length=canvas
+        ).eval()
+
     return StagedModel(
         info=ModelInfo(
             family="diffusion_gemma",
@@ -78,15 +103,7 @@ def stage_model(
         special_tokens=_special_tokens(checkpoint),
         experts=Experts(computation, {"dense": choice.dense_ms, "gather": choice.gather_ms}),
         stages=(
-            StageModule(
-                name="layers",
-                role="layers",
-                module=layers,
-                example_inputs=(tokens, position, position, torch.zeros(1, canvas, hidden)),
-                input_names=LAYERS_INPUTS,
-                output_names=LAYERS_OUTPUTS,
-                mutates_buffers=True,
-            ),
+            *layers,
             StageModule(
                 name="head",
                 role="head",
@@ -98,6 +115,137 @@ def stage_model(
         ),
         notes=tuple(notes),
     )
+
+
+def _all_layers(config: DiffusionGemmaConfig, module: torch.nn.Module) -> StageModule:
+    """All layers with what is before and behind them as one stage."""
+    return StageModule(
+        name="layers",
+        role="layers",
+        module=module,
+        example_inputs=_loop_inputs(config),
+        input_names=LAYERS_INPUTS,
+        output_names=LAYERS_OUTPUTS,
+        mutates_buffers=True,
+    )
+
+
+def _loop_inputs(config: DiffusionGemmaConfig) -> tuple[Tensor, ...]:
+    """Examples of what the loop gives: see `LAYERS_INPUTS`."""
+    position = torch.zeros(1, dtype=torch.int64)
+    tokens = torch.zeros(1, config.canvas_length, dtype=torch.int64)
+    return tokens, position, position, torch.zeros(1, config.canvas_length, config.hidden_size)
+
+
+def _cut_layers(
+    checkpoint: Checkpoint,
+    config: DiffusionGemmaConfig,
+    maximum_context: int,
+    computation: ExpertComputation,
+    layers_per_stage: int,
+) -> list[StageModule]:
+    """The entry, the layers in groups, the final norm: each a stage, built when it is lowered."""
+
+    def entry() -> torch.nn.Module:
+        module = CanvasEntry(config, maximum_context=maximum_context)
+        load_weights(module, checkpoint)
+        return module.eval()
+
+    def norm() -> torch.nn.Module:
+        module = FinalNorm(config)
+        load_weights(module, checkpoint)
+        return module.eval()
+
+    rows = torch.zeros(1, config.canvas_length, config.hidden_size)
+    position = torch.zeros(1, dtype=torch.int64)
+    given = {
+        name: torch.zeros(shape)
+        for kind in config.rotary
+        for name, shape in _shared(config, maximum_context, kind).items()
+    }
+    stages = [
+        StageModule(
+            name="entry",
+            role="layers",
+            module=entry,
+            example_inputs=_loop_inputs(config),
+            input_names=LAYERS_INPUTS,
+            output_names=("hidden", *given),
+        )
+    ]
+    firsts: dict[tuple[LayerConfig, ...], int] = {}
+    for first in range(0, len(config.layers), layers_per_stage):
+        group = config.layers[first : first + layers_per_stage]
+        shared = [
+            name
+            for kind in kinds_of(config, group)
+            for name in _shared(config, maximum_context, kind)
+        ]
+        form_first = firsts.setdefault(group, first)
+
+        def build(
+            weights: Weights,
+            group: tuple[LayerConfig, ...] = group,
+            form_first: int = form_first,
+        ) -> torch.nn.Module:
+            module = LayerGroup(
+                config, group, maximum_context=maximum_context, computation=computation
+            )
+            load_weights(module, weights, form_first)
+            return module.eval()
+
+        weights = RenamedWeights(checkpoint, _other_layers(form_first, first))
+        form = Form(f"layers_{form_first:02}", build, weights)
+        stages.append(
+            StageModule(
+                name=f"layers_{first:02}",
+                role="layers",
+                module=functools.partial(build, weights),
+                example_inputs=(rows, position, position, *(given[name] for name in shared)),
+                input_names=("hidden", "start", "denoise", *shared),
+                output_names=LAYERS_OUTPUTS,
+                mutates_buffers=True,
+                form=form,
+            )
+        )
+    stages.append(
+        StageModule(
+            name="norm",
+            role="layers",
+            module=norm,
+            example_inputs=(rows,),
+            input_names=LAYERS_OUTPUTS,
+            output_names=LAYERS_OUTPUTS,
+        )
+    )
+    return stages
+
+
+def _shared(
+    config: DiffusionGemmaConfig, maximum_context: int, kind: str
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the entry gives to layers of a kind."""
+    head_dim = next(layer.head_dim for layer in config.layers if layer.kind == kind)
+    angles = (config.canvas_length, 1, head_dim // 2)
+    return {
+        f"{kind}_mask": (config.canvas_length, maximum_context),
+        f"{kind}_cos": angles,
+        f"{kind}_sin": angles,
+    }
+
+
+def _other_layers(from_layer: int, to_layer: int) -> Callable[[str], str]:
+    """Names of tensors of layer `from_layer` and on -> those as far behind `to_layer`."""
+
+    def rename(name: str) -> str:
+        return re.sub(
+            r"(?<=\blayers\.)\d+(?=\.)",
+            lambda number: str(int(number.group()) - from_layer + to_layer),
+            name,
+            count=1,
+        )
+
+    return rename
 
 
 def _settings(generation_config: dict[str, Any]) -> UniformDiffusionSettings:
