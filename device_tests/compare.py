@@ -22,6 +22,7 @@ from device_tests.configuration import (
     leaves,
 )
 from device_tests.metrics import (
+    AUTOREGRESSIVE,
     METRICS,
     Metric,
     canvas_length,
@@ -67,16 +68,6 @@ AT_A_GLANCE = (
     "peak_rss_bytes",
 )
 """What decides between two families: quality, speed, energy, memory; shown before all else."""
-
-_OF_TOKENS = {
-    "first_draft_ms": "Time to first token",
-    "step_ms": "Token",
-    "step_ms_p5": "Token, p5",
-    "step_ms_p95": "Token, p95",
-    "layers_ms": "Layers of a token",
-    "head_ms": "Head of a token",
-}
-"""What a metric of denoising is called where a step is one token; the others say nothing there."""
 
 Verdict = Literal["better", "worse", "higher", "lower", "equal", "unclear", "not known"]
 """How B stands to A; `unclear`: the interval holds 1, `equal`: it holds nothing else."""
@@ -142,8 +133,8 @@ class Row:
         """What a person reads."""
         if not self.style:
             return self.metric.title
-        if self.style == "autoregressive":
-            return _OF_TOKENS[self.metric.name]
+        if self.style == AUTOREGRESSIVE:
+            return self.metric.title_in(self.style) or self.metric.title
         return f"{self.metric.title} ({self.style.replace('_diffusion', '')})"
 
     @property
@@ -416,8 +407,7 @@ def _rows(
         return [
             row
             for row in found
-            if (row.a.repeats or row.b.repeats)
-            and (row.style != "autoregressive" or metric.name in _OF_TOKENS)
+            if (row.a.repeats or row.b.repeats) and metric.title_in(row.style) is not None
         ]
     if not any(side.repeats for side in sides):
         return []

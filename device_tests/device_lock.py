@@ -215,7 +215,6 @@ class DeviceLock:
         )
         self._run(command)
         self.note = f"the lock was left behind by {found}; taken over"
-        _log.warning("device %s: %s", self.transport.serial, self.note)
 
     def _busy(self, found: Holder) -> DeviceBusy:
         return DeviceBusy(

@@ -25,6 +25,9 @@ Statistic = Literal["median", "p5", "p95"]
 COLD_RESIDENT_LIMIT = 0.05
 """A load counts as cold when at most this share of the bundle was in the page cache before it."""
 
+AUTOREGRESSIVE = "autoregressive"
+"""The style of generation whose step is one token."""
+
 _PERCENTILES: dict[Statistic, float] = {"median": 50.0, "p5": 5.0, "p95": 95.0}
 
 
@@ -39,6 +42,8 @@ class Metric:
     repeats can be put together. For a share `trials` gives what it is the share of: prompt and
     whether its answer is right. `is_of_style`: what is counted is another thing for each style of
     generation and length of canvas, so that the numbers of two must not be set against each other.
+    `token_title` is what such a metric is called where a step is one token; without, it says
+    nothing there.
     """
 
     name: str
@@ -53,6 +58,13 @@ class Metric:
     statistic: Statistic = "median"
     trials: Callable[[Record], list[tuple[str, bool]]] | None = None
     is_of_style: bool = False
+    token_title: str = ""
+
+    def title_in(self, style: str) -> str | None:
+        """What a person reads in a style of generation; None where the metric says nothing."""
+        if style == AUTOREGRESSIVE and self.is_of_style:
+            return self.token_title or None
+        return self.title
 
 
 def compute(record: Record) -> dict[str, float | None]:
@@ -429,6 +441,7 @@ METRICS: tuple[Metric, ...] = (
         "result.first_draft_ms: from the call to the end of the first denoising step, prompt "
         "included, loading excluded",
         "lower", _SPEED, _field("first_draft_ms"), is_of_style=True,
+        token_title="Time to first token",
     ),
     Metric(
         "first_commit_ms", "ms", "Time to first committed text", "Latency",
@@ -437,40 +450,45 @@ METRICS: tuple[Metric, ...] = (
         "lower", _NATURAL, _field("first_commit_ms"),
     ),
     Metric(
-        "step_ms", "ms", "Denoising step", "Denoising",
+        "step_ms", "ms", "Denoising step", "Steps",
         "median over denoising steps of layers_ms + head_ms; over repeats: of the steps of all "
         "repeats put together",
         "lower", _SPEED, _of_steps(step_times, "median"), step_times, "median", is_of_style=True,
+        token_title="Token",
     ),
     Metric(
-        "step_ms_p5", "ms", "Denoising step, p5", "Denoising",
+        "step_ms_p5", "ms", "Denoising step, p5", "Steps",
         "5th percentile of the same steps",
         "lower", _SPEED, _of_steps(step_times, "p5"), step_times, "p5", is_of_style=True,
+        token_title="Token, p5",
     ),
     Metric(
-        "step_ms_p95", "ms", "Denoising step, p95", "Denoising",
+        "step_ms_p95", "ms", "Denoising step, p95", "Steps",
         "95th percentile of the same steps",
         "lower", _SPEED, _of_steps(step_times, "p95"), step_times, "p95", is_of_style=True,
+        token_title="Token, p95",
     ),
     Metric(
-        "layers_ms", "ms", "Layers of a step", "Denoising",
+        "layers_ms", "ms", "Layers of a step", "Steps",
         "median over denoising steps of layers_ms",
         "lower", _SPEED, _of_steps(_layers_times, "median"), _layers_times, "median",
         is_of_style=True,
+        token_title="Layers of a token",
     ),
     Metric(
-        "head_ms", "ms", "Head of a step", "Denoising",
+        "head_ms", "ms", "Head of a step", "Steps",
         "median over denoising steps of head_ms; the sampler is in it",
         "lower", _SPEED, _of_steps(_head_times, "median"), _head_times, "median", is_of_style=True,
+        token_title="Head of a token",
     ),
     Metric(
-        "encode_ms", "ms", "Committed canvases encoded", "Denoising",
+        "encode_ms", "ms", "Committed canvases encoded", "Steps",
         "result.encode_ms: sum of the layers' time over the chunks of committed canvases; the last "
         "canvas is never encoded, so it is 0 for one canvas",
         "lower", _SPEED, _field("encode_ms"), is_of_style=True,
     ),
     Metric(
-        "encode_ms_per_canvas", "ms", "Commit of a canvas", "Denoising",
+        "encode_ms_per_canvas", "ms", "Commit of a canvas", "Steps",
         "result.encode_ms / (canvases - 1); none for one canvas",
         "lower", _SPEED, _encode_per_canvas, is_of_style=True,
     ),

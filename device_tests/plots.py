@@ -205,7 +205,7 @@ def _paint_steps(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     runs = [(record, times) for record, times in runs if times]
     failed = [(r, times) for r in speed if r["status"] != "ok" and (times := event_step_times(r))]
     if not runs and not failed:
-        raise NothingToDraw("No speed run has denoising steps, so there are no step times to show.")
+        raise NothingToDraw("No speed run has steps, so there are no step times to show.")
     axes = figure.subplots()
     names = _run_names([record for record, _ in runs])
     marker = "o-" if sum(len(times) for _, times in runs) <= MAXIMUM_POINTS else "-"
@@ -227,7 +227,7 @@ def _paint_steps(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     median = percentile(everything, 50)
     if median is not None:
         axes.axhline(median, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set(xlabel="denoising step of the run", ylabel="step, ms")
+    axes.set(xlabel="step of the run", ylabel="step, ms")
     axes.set_ylim(0, 1.08 * max(time for _, times in [*runs, *failed] for time in times))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _key(axes)
@@ -249,7 +249,7 @@ def _paint_accepted(figure: Figure, records: Sequence[Record]) -> tuple[str, str
     natural = _ok(_of_pass(records, "natural"))
     runs = [r for r in natural or _ok(_of_pass(records, "speed")) if any(accepted_positions(r))]
     if not runs:
-        raise NothingToDraw("No run that went well has denoising steps, so nothing was accepted.")
+        raise NothingToDraw("No run that went well has steps, so nothing was accepted.")
     # Runs of one seed mostly agree: each different course is drawn once.
     courses: Counter[tuple[tuple[float, ...], ...]] = Counter(
         tuple(map(tuple, accepted_positions(record))) for record in runs
@@ -268,7 +268,7 @@ def _paint_accepted(figure: Figure, records: Sequence[Record]) -> tuple[str, str
     ends = _canvas_ends(runs[0])
     for end in ends[:-1]:
         axes.axvline(end + 0.5, color=_FAINT, linewidth=1, linestyle=":")
-    axes.set(xlabel="denoising step of the run", ylabel="accepted positions")
+    axes.set(xlabel="step of the run", ylabel="accepted positions")
     axes.set_ylim(0, max(1, length) * 1.08)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -381,7 +381,7 @@ def _sensor_lines(axes: Axes, found: list[tuple[Record, list[tuple[float, float,
 def _paint_step_spread(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
     runs = [(r, times) for r in _ok(_of_pass(records, "speed")) if (times := step_times(r))]
     if not runs:
-        raise NothingToDraw("No speed run has denoising steps, so there is no distribution.")
+        raise NothingToDraw("No speed run has steps, so there is no distribution.")
     axes = figure.subplots()
     stride = -(-sum(len(times) for _, times in runs) // MAXIMUM_POINTS)
     axes.boxplot(
@@ -410,13 +410,15 @@ def _paint_step_spread(figure: Figure, records: Sequence[Record]) -> tuple[str, 
 
 
 def _paint_spread(figure: Figure, records: Sequence[Record]) -> tuple[str, str]:
+    style = records[0]["conditions"]["bundle"]["style"]
     rows = []
     for name in _SPREAD:
         metric = BY_NAME[name]
+        title = metric.title_in(style)
         numbers = [n for record in records if (n := value(metric, record)) is not None]
         median = percentile(numbers, 50)
-        if len(numbers) > 1 and median:
-            rows.append((metric.title, [100 * (number / median - 1) for number in numbers]))
+        if title is not None and len(numbers) > 1 and median:
+            rows.append((title, [100 * (number / median - 1) for number in numbers]))
     if not rows:
         raise NothingToDraw("No metric has two runs, so nothing is known of the spread over runs.")
     axes = figure.subplots()

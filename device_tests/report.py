@@ -30,6 +30,7 @@ from device_tests.metrics import (
     value,
 )
 from device_tests.plain_text import markdown, plain, quantity
+from device_tests.prediction import EXPLANATION, HEADINGS, Forecast
 
 HEADLINE = (
     "step_ms",
@@ -61,6 +62,7 @@ class Repeat:
 class Quantity:
     """A metric over the repeats of its passes.
 
+    title: what it is called in the bundle's style of generation.
     `median`, `p5` and `p95` are over the repeats, or over the steps of all repeats put together
     where the metric is one of steps (`steps` counts them); percentiles by linear interpolation.
     For a metric that is itself a percentile `median` holds that percentile and the others are None.
@@ -69,6 +71,7 @@ class Quantity:
     """
 
     metric: Metric
+    title: str
     median: float | None
     p5: float | None
     p95: float | None
@@ -122,7 +125,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """One configuration: its conditions, what was measured under them, and what failed."""
+    """One configuration: its conditions, what was measured under them, and what failed.
+
+    forecast: what was predicted of it, if somebody asked (`planned.py`).
+    """
 
     title: str
     subtitle: str
@@ -132,6 +138,7 @@ class Group:
     quantities: tuple[Quantity, ...]
     runs: tuple[Run, ...]
     records: tuple[Record, ...]
+    forecast: Forecast | None = None
 
     @property
     def failures(self) -> tuple[Run, ...]:
@@ -152,7 +159,11 @@ class Group:
     def headline(self) -> tuple[Quantity, ...]:
         """The main numbers."""
         by_name = {found.metric.name: found for found in self.quantities}
-        return tuple(by_name[name] for name in HEADLINE if by_name[name].median is not None)
+        return tuple(
+            by_name[name]
+            for name in HEADLINE
+            if name in by_name and by_name[name].median is not None
+        )
 
     @property
     def sections(self) -> dict[str, list[Quantity]]:
@@ -164,9 +175,9 @@ class Group:
         return found
 
     @property
-    def missing(self) -> tuple[Metric, ...]:
-        """The metrics that no run gave."""
-        return tuple(item.metric for item in self.quantities if item.median is None)
+    def missing(self) -> tuple[str, ...]:
+        """What the metrics are called that no run gave."""
+        return tuple(item.title for item in self.quantities if item.median is None)
 
 
 @dataclass(frozen=True)
@@ -198,11 +209,16 @@ def summarize(records: Iterable[Record]) -> Summary:
 
 
 def quantities(records: Sequence[Record]) -> tuple[Quantity, ...]:
-    """Every metric over the records of one configuration."""
-    return tuple(_quantity(metric, records) for metric in METRICS)
+    """Every metric over the records of one configuration that means something in its style."""
+    style = records[0]["conditions"]["bundle"]["style"]
+    return tuple(
+        _quantity(metric, title, records)
+        for metric in METRICS
+        if (title := metric.title_in(style)) is not None
+    )
 
 
-def _quantity(metric: Metric, records: Sequence[Record]) -> Quantity:
+def _quantity(metric: Metric, title: str, records: Sequence[Record]) -> Quantity:
     repeats = tuple(
         Repeat(plain(record["run_id"]), record["repeat"], number)
         for record in records
@@ -213,6 +229,7 @@ def _quantity(metric: Metric, records: Sequence[Record]) -> Quantity:
         numbers = [repeat.value for repeat in repeats]
         return Quantity(
             metric,
+            title,
             percentile(numbers, 50),
             percentile(numbers, 5),
             percentile(numbers, 95),
@@ -224,6 +241,7 @@ def _quantity(metric: Metric, records: Sequence[Record]) -> Quantity:
     is_median = metric.statistic == "median"
     return Quantity(
         metric,
+        title,
         statistic_of(steps, metric.statistic),
         percentile(steps, 5) if is_median else None,
         percentile(steps, 95) if is_median else None,
@@ -381,6 +399,7 @@ def _group_json(group: Group) -> dict[str, Any]:
             }
             for run in group.failures
         ],
+        **({} if group.forecast is None else {"forecast": group.forecast.to_json()}),
     }
 
 
@@ -399,6 +418,7 @@ def to_markdown(summary: Summary) -> str:
         lines += [f"## {markdown(group.title)}", "", f"{markdown(group.subtitle)}.", ""]
         lines += [f"- **Note**: {markdown(note)}." for note in group.notes]
         lines += [""] if group.notes else []
+        lines += _forecast_markdown(group)
         lines += ["| metric | median | p5 to p95 | runs | failed |", "|---|---:|---:|---|---:|"]
         for found in group.quantities:
             if found.median is not None:
@@ -413,17 +433,28 @@ def to_markdown(summary: Summary) -> str:
         lines += ["| repeat of | each run |", "|---|---|"]
         for found in group.quantities:
             if len(found.repeats) > 1:
-                lines.append(f"| {markdown(found.metric.title)} | {markdown(_each(found))} |")
+                lines.append(f"| {markdown(found.title)} | {markdown(_each(found))} |")
         lines += ["", "| condition | value |", "|---|---|"]
         lines += [f"| {markdown(leaf)} | {markdown(shown)} |" for leaf, shown in group.conditions]
         lines.append("")
     return "\n".join(lines)
 
 
+def _forecast_markdown(group: Group) -> list[str]:
+    if group.forecast is None:
+        return []
+    return [
+        "**Predicted and measured**", "", f"{markdown(group.forecast.basis)}.", "",
+        f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---:|",
+        *(f"| {' | '.join(map(markdown, row.cells))} |" for row in group.forecast.rows),
+        "", f"{markdown(EXPLANATION)}.", "",
+    ]  # fmt: skip
+
+
 def _cells(found: Quantity) -> tuple[str, ...]:
     """A quantity as a row of a table."""
     return (
-        found.metric.title,
+        found.title,
         found.show(found.median),
         found.range,
         found.count,
@@ -432,7 +463,7 @@ def _cells(found: Quantity) -> tuple[str, ...]:
 
 
 def _missing(group: Group) -> str:
-    return ", ".join(metric.title.lower() for metric in group.missing)
+    return ", ".join(title.lower() for title in group.missing)
 
 
 def _each(found: Quantity) -> str:
@@ -462,7 +493,24 @@ def to_rich(summary: Summary) -> Any:
         for run in group.failures:
             what = f"failed: {run.pass_} {run.repeat}: {run.reason}: {run.sentence}"
             shown.append(Text(what, style="red"))
+        if group.forecast is not None:
+            shown += _forecast_rich(group.forecast)
     return Lines(*shown)
+
+
+def _forecast_rich(forecast: Forecast) -> list[Any]:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="predicted and measured", title_justify="left", box=None, pad_edge=False)
+    for index, heading in enumerate(HEADINGS):
+        table.add_column(
+            heading, justify="right" if index else "left", style="" if index else "cyan",
+            overflow="fold",
+        )  # fmt: skip
+    for row in forecast.rows:
+        table.add_row(*map(Text, row.cells))
+    return [Text(), table, Text(forecast.basis, style="dim"), Text(EXPLANATION, style="dim")]
 
 
 def to_text(summary: Summary, width: int = _NARROW_WIDTH) -> str:
@@ -475,7 +523,7 @@ def to_text(summary: Summary, width: int = _NARROW_WIDTH) -> str:
     return capture.get()
 
 
-def to_html(records: Iterable[Record]) -> str:
+def to_html(summary: Summary) -> str:
     """One page that needs nothing else: style and plots are in it, nothing is loaded, no script."""
     # Imported here: drawing takes a second to import that the other formats need not pay.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -491,7 +539,6 @@ def to_html(records: Iterable[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    summary = summarize(records)
     figures = [
         plots.draw_all(group.records, f"g{index}") for index, group in enumerate(summary.groups)
     ]
@@ -502,6 +549,8 @@ def to_html(records: Iterable[Record]) -> str:
         celsius=lambda number: quantity(number, "°C"),
         seconds=lambda number: f"{number:,.1f} s",
         condition_groups=_by_condition,
+        headings=HEADINGS,
+        explanation=EXPLANATION,
     )
 
 

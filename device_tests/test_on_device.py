@@ -185,7 +185,7 @@ def test_the_reports_page_stands_in_a_browser(
     tmp_path: Path,
 ) -> None:
     """Of these very runs: every plot drawn that there are data for, nothing beyond the screen."""
-    page = report.to_html(records.read(results))
+    page = report.to_html(report.summarize(records.read(results)))
     assert bundle.manifest.model.name in page
     for width in (400, 1200):
         found = measure(chromium, tmp_path, page, width)

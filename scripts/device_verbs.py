@@ -28,6 +28,7 @@ from scripts.console import (
 if TYPE_CHECKING:
     from device_tests.deploy import Deployment
     from device_tests.records import Record
+    from device_tests.report import Summary
     from device_tests.transport import Transport
     from export.bundle import Bundle
 
@@ -133,7 +134,8 @@ def clean(
         print_json({"device": transport.serial} | asdict(removed))
         return
     out_console().print(
-        f"removed {removed.bundles} bundles and {removed.runs} runs, {size(removed.bytes)}, from "
+        f"removed {_counted(removed.bundles, 'bundle')} and {_counted(removed.runs, 'run')}, "
+        f"{size(removed.bytes)}, from "
         f"{_inert(transport.serial)}",
         soft_wrap=True,
     )
@@ -260,7 +262,7 @@ def bench(
     console = err_console()
     console.print(reports.to_rich(summary))
     if html is not None:
-        _write(html, reports.to_html(found))
+        _write(html, reports.to_html(summary))
         console.print(f"wrote {html}", soft_wrap=True, markup=False)
     print_json({"results": str(results), "bench_id": outcome.bench_id} | reports.to_json(summary))
     if outcome.ended_early is not None:
@@ -285,7 +287,9 @@ def report(
     plan: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Show what `plan` predicts of this model beside the measured."
+            metavar="MODEL",
+            help="Show what `plan` predicts of this model (preset, config.json or its folder) "
+            "beside the measured, and the achieved share of the roofline.",
         ),
     ] = None,
     device: Annotated[
@@ -309,43 +313,37 @@ def report(
     if not found:
         raise InputError(f"{', '.join(map(str, results))}: no runs in it; run `pocketdiff bench`")
     summary = reports.summarize(found)
-    predicted = _predictions(summary, plan, device, recipe, context)
+    if plan is not None or device is not None:
+        summary = _with_forecasts(summary, plan, device, recipe, context)
     if html is not None:
         with reporting("drawing"):
-            _write(html, reports.to_html(found))
+            _write(html, reports.to_html(summary))
     if markdown is not None:
         _write(markdown, reports.to_markdown(summary))
     if as_json:
-        more = {"predictions": [item.to_json() for item in predicted]} if predicted else {}
-        print_json(reports.to_json(summary) | more)
+        print_json(reports.to_json(summary))
         return
     console = out_console()
     console.print(reports.to_rich(summary))
-    if predicted:
-        from device_tests.prediction import to_rich
-
-        console.print(to_rich(predicted))
     for target in (html, markdown):
         if target is not None:
             console.print(f"wrote {target}", soft_wrap=True, markup=False)
 
 
-def _predictions(
-    summary: Any, plan: str | None, device: str | None, recipe: str, context: int | None
-) -> Any:
-    """What `plan` says of the model; nothing if none was given."""
-    if plan is None and device is None:
-        return ()
+def _with_forecasts(
+    summary: Summary, plan: str | None, device: str | None, recipe: str, context: int | None
+) -> Summary:
+    """The summary with what `plan` says of the model beside what was measured."""
     if plan is None or device is None:
         raise InputError("--plan and --device go together; give both, or neither")
-    from device_tests.prediction import predictions
+    from device_tests.planned import with_forecasts
     from export.plan.device import open_device
     from export.plan.families import read_shape
     from export.plan.presets import read_config
     from scripts.plan_verb import read_recipe
 
     shape = read_shape(read_config(plan)[1])
-    return predictions(summary, shape, read_recipe(recipe), open_device(device), context)
+    return with_forecasts(summary, shape, read_recipe(recipe), open_device(device), context)
 
 
 def compare(
@@ -500,6 +498,10 @@ def _write(target: Path, text: str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _inert(text: str) -> str:

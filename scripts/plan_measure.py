@@ -134,6 +134,7 @@ def _there(
     """Lower the programs, push them, measure as the only one there, take them away again."""
     from device_tests import conditions, device_lock, remote_files, remote_run
     from device_tests.errors import DeviceBusy
+    from device_tests.plain_text import plain
     from device_tests.remote_shell import DEVICE_ROOT, quote, run_checked
     from export.measure_programs import write_programs
     from scripts.device_verbs import _device
@@ -151,6 +152,8 @@ def _there(
             )
         write_programs(folder, say)
         with device_lock.DeviceLock(transport, lock_name) as lock:
+            if lock.note is not None:
+                say(f"note: {plain(lock.note)}")
             remote_files.remove(run, [remote])
             remote_files.make_folders(run, [remote])
             try:

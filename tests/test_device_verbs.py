@@ -55,7 +55,7 @@ def test_a_pushed_bundle_is_there_and_clean_removes_it(
         assert "nothing, all of it was there" in out and "/s" not in out
 
         assert pocketdiff("clean", "--bundle", pushed["bundle_id"], "--serial", serial) == 0
-        assert "removed 1 bundles" in capfd.readouterr().out
+        assert "removed 1 bundle and 0 runs, " in capfd.readouterr().out
         assert deployed(transport) == []
 
 
@@ -97,6 +97,29 @@ def test_bench_records_reports_resumes_and_ends_stdout_with_one_document(
     assert markdown.read_text().startswith("# Benchmark")
     assert pocketdiff("report", results, "--markdown", markdown) == 2
     assert "--overwrite" in capfd.readouterr().err
+
+
+def test_a_report_with_a_plan_shows_predicted_beside_measured_in_every_form(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results, markdown, page = (tmp_path / name for name in ("r.jsonl", "r.md", "r.html"))
+    for record in sample_bench():
+        records.append(results, record)
+    plan = ("report", results, "--plan", "diffusiongemma-26b-a4b", "--device", "oneplus-12")
+    assert pocketdiff(*plan, "--markdown", markdown, "--html", page) == 0
+    told = capfd.readouterr().out
+    assert pocketdiff(*plan, "--json") == 0
+    (configuration,) = last_line(capfd.readouterr().out)["configurations"]
+    step = configuration["forecast"]["quantities"]["step_ms"]
+    assert step["measured"] == configuration["metrics"]["step_ms"]["median"]
+    assert step["share_of_roofline"] == step["roofline_ms"] / step["measured"]
+    for shown in (told, markdown.read_text(), page.read_text()):
+        assert f"{100 * step['error']:+.0f} %" in shown
+        assert f"{100 * step['share_of_roofline']:.0f} %" in shown
+        assert f"({step['bound']})" in shown and "achieved" in shown
+        assert "measured faster than the roofline" in " ".join(shown.split()).lower()
+    assert pocketdiff("report", results, "--plan", "diffusiongemma-26b-a4b") == 2
+    assert "go together" in capfd.readouterr().err
 
 
 def test_a_failed_run_is_reported_and_the_exit_code_says_so(

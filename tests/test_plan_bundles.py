@@ -10,7 +10,7 @@ import pytest
 
 from device_tests import report
 from device_tests.memory_budget import available_bytes, parse_available, run_budget, warning_of
-from device_tests.prediction import predictions, to_rich
+from device_tests.planned import with_forecasts
 from export.bundle import Bundle, FileEntry
 from export.plan.budget import LINUX_RUNNER, budget_of_bundle
 from export.plan.device import open_device
@@ -188,7 +188,10 @@ def _summary(family: str) -> Any:
 
 def test_predicted_stands_beside_measured_with_its_error() -> None:
     shape = read_shape(read_config("qwen3-0.6b-bd3lm")[1])
-    found = predictions(_summary("a2d-qwen3"), shape, INT4, open_device("oneplus-12"))
+    summary = with_forecasts(_summary("a2d-qwen3"), shape, INT4, open_device("oneplus-12"))
+    forecast = summary.groups[0].forecast
+    assert forecast is not None and "oneplus-12, int4-g32, KV cache of" in forecast.basis
+    found = forecast.rows
     by_name = {item.name: item for item in found}
     assert set(by_name) == {"peak_rss_bytes", "step_ms"}
     for item in found:
@@ -197,10 +200,56 @@ def test_predicted_stands_beside_measured_with_its_error() -> None:
         by_name["step_ms"].predicted / by_name["step_ms"].measured
     )  # without measured rates the prediction is the roofline itself
     assert by_name["peak_rss_bytes"].share is None
-    assert to_rich(found).row_count == len(found)
+    assert by_name["step_ms"].roofline.bound in ("memory", "arithmetic")
+
+
+def test_every_form_of_the_report_shows_the_same_rows_of_its_own_configuration() -> None:
+    shape = read_shape(read_config("qwen3-0.6b-bd3lm")[1])
+    records = [*record_samples.bench(), *record_samples.bench(threads=4, step_ms=80.0)]
+    for record in records:
+        record["conditions"]["bundle"]["family"] = "a2d-qwen3"
+    other = record_samples.bench(bench_id="other")
+    plain = report.summarize([*records, *other])
+    summary = with_forecasts(plain, shape, INT4, open_device("oneplus-12"))
+    fast, slow, not_planned = summary.groups
+    assert not_planned.forecast is None and not_planned == plain.groups[2]
+    shares = [group.forecast.rows[1].share for group in (fast, slow)]
+    assert shares[0] / shares[1] == pytest.approx(2.0, rel=0.1), "a step of 40 ms and one of 80"
+    document = report.to_json(summary)["configurations"]
+    assert [
+        part["forecast"]["quantities"]["step_ms"]["share_of_roofline"] for part in document[:2]
+    ] == shares
+    assert "forecast" not in document[2]
+    page, text = report.to_html(summary), report.to_text(summary)
+    for shown in (page, report.to_markdown(summary), text):
+        assert shown.lower().count("predicted and measured") == 2
+        for row in (*fast.forecast.rows, *slow.forecast.rows):
+            assert all(cell in shown for cell in row.cells), row.name
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert page.count("share of the roofline") == 2
+    for shown in (report.to_html(plain), report.to_markdown(plain), report.to_text(plain)):
+        assert "roofline" not in shown
+
+
+def test_a_plan_for_another_recipe_is_noted() -> None:
+    shape = read_shape(read_config("qwen3-0.6b-bd3lm")[1])
+    for recipe, is_noted in ((INT4, False), (preset("int4-g64"), True), (None, True)):
+        found = with_forecasts(_summary("a2d-qwen3"), shape, recipe, open_device("oneplus-12"))
+        assert any("--recipe" in note for note in found.groups[0].notes) is is_noted
+
+
+def test_what_was_not_measured_has_no_error_and_no_share() -> None:
+    shape = read_shape(read_config("qwen3-0.6b-bd3lm")[1])
+    found = [record_samples.run("natural")]
+    found[0]["conditions"]["bundle"]["family"] = "a2d-qwen3"
+    summary = with_forecasts(report.summarize(found), shape, INT4, open_device("oneplus-12"))
+    for row in summary.groups[0].forecast.rows:
+        assert (row.measured, row.error, row.share) == (None, None, None)
+        assert row.cells[2:4] == ("-", "-") and row.cells[1] != "-"
+    assert "share of the roofline" not in report.to_html(summary), "no card without a number"
 
 
 def test_a_plan_of_another_family_is_refused() -> None:
     shape = read_shape(read_config("qwen3-0.6b-bd3lm")[1])
     with pytest.raises(InputError, match="the results are of llada and the plan is of a2d-qwen3"):
-        predictions(_summary("llada"), shape, INT4, open_device("oneplus-12"))
+        with_forecasts(_summary("llada"), shape, INT4, open_device("oneplus-12"))

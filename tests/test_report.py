@@ -284,3 +284,16 @@ def test_plain_text_cuts_and_escapes():
     assert plain("a\nb\x1b[0m\u202e") == "a\\nb\\x1b[0m\\u202e"
     assert plain("é 漢 °C") == "é 漢 °C"
     assert len(plain("x" * 10_000)) == 301
+
+
+def test_of_an_autoregressive_bundle_a_step_is_a_token():
+    records = bench()
+    for record in records:
+        record["conditions"]["bundle"]["style"] = "autoregressive"
+    (group,) = report.summarize(records).groups
+    titles = {found.metric.name: found.title for found in group.quantities}
+    assert titles["step_ms"] == "Token" and titles["first_draft_ms"] == "Time to first token"
+    assert "accepted_per_step" not in titles, "says nothing of single tokens"
+    summary = report.summarize(records)
+    for shown in (report.to_text(summary), report.to_markdown(summary), report.to_html(summary)):
+        assert "Denoising step" not in shown and "Token" in shown

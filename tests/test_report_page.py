@@ -14,6 +14,11 @@ import pytest
 from PIL import Image
 
 from device_tests import plots, report
+from device_tests.planned import with_forecasts
+from export.plan.device import open_device
+from export.plan.families import read_shape
+from export.plan.presets import read_config
+from quantize.recipe import preset
 from tests.browser import browse, measure
 from tests.record_samples import FAILURE, HOSTILE, bench, hostile_bench, run
 
@@ -39,20 +44,27 @@ class Tags(HTMLParser):
         self.text += data
 
 
+def page_of(records: list[dict]) -> str:
+    return report.to_html(report.summarize(records))
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
-    """A bench with a failure, and one of a device without sensors."""
-    return report.to_html(
+    """A bench with a failure, and one of a device without sensors, both with their forecast."""
+    summary = report.summarize(
         [
             *bench(with_failure=True, puzzles=1),
             *bench(threads=4, has_sensors=False, bench_id="bench-2"),
         ]
     )
+    shape = read_shape(read_config("diffusiongemma-26b-a4b")[1])
+    planned = with_forecasts(summary, shape, preset("int4-g32"), open_device("oneplus-12"))
+    return report.to_html(planned)
 
 
 @pytest.fixture(scope="module")
 def hostile_page() -> str:
-    return report.to_html(hostile_bench())
+    return page_of(hostile_bench())
 
 
 def inert(page: str) -> None:
@@ -85,7 +97,7 @@ def test_hostile_text_is_only_text(page, hostile_page):
 
 
 def test_the_same_records_make_the_same_page(hostile_page):
-    assert report.to_html(hostile_bench()) == hostile_page
+    assert page_of(hostile_bench()) == hostile_page
 
 
 def test_no_two_plots_share_an_identifier(page):
@@ -115,13 +127,13 @@ def test_the_page_explains_every_number_and_lists_every_run(page):
 
 @pytest.mark.parametrize("records", [[], [run("speed", failure=FAILURE, has_sensors=False)]])
 def test_little_or_nothing_makes_a_page_too(records):
-    page = report.to_html(records)
+    page = page_of(records)
     inert(page)
     assert f"{len(records)} run" in page
 
 
 def test_many_long_repeats_make_no_page_of_megabytes():
-    page = report.to_html(bench(speed=30, steps=40, canvases=4))
+    page = page_of(bench(speed=30, steps=40, canvases=4))
     assert page.count("<use") < 10 * plots.MAXIMUM_POINTS
     assert len(page) < 1_500_000
     assert "One step in 4 of every repeat" in page
