@@ -13,10 +13,8 @@ import os
 import platform
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +46,7 @@ from quantize.report import (
 )
 from quantize.safetensors_folder import INDEX_FILE, SINGLE_FILE
 from quantize.safetensors_writer import SafetensorsWriter, TensorSpec
+from quantize.working_ahead import in_order
 
 COPIED_FILES = (
     CONFIG_FILE,
@@ -82,8 +81,8 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Quantizes the Hugging Face folder `source` into the new folder `destination`.
 
-    All processors work, each on a piece of at most 64 MiB in fp32 (with min-max scales; on a
-    whole matrix with HQQ's), and no more than two pieces for each are in memory. Output files are
+    Up to four processors work, each on a piece of at most 64 MiB in fp32 (with min-max scales; on
+    a whole matrix with HQQ's), and no more than two pieces for each are in memory. Output files are
     reserved at their full size first, so a full disk is found before the work. `destination`
     appears when it is whole. A call that was killed or interrupted leaves a hidden folder beside
     it, from which the next call with the same source, recipe and versions goes on after the last
@@ -355,49 +354,6 @@ def _quantize_piece(checkpoint: Checkpoint, piece: _Piece) -> _Quantized:
     )
 
 
-@contextmanager
-def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """A thread for each processor, in which torch's operators use no further ones.
-
-    Whole pieces side by side leave no processor waiting between two operators, and no sum depends
-    on how many processors there are.
-    """
-    before = torch.get_num_threads()
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    executor = ThreadPoolExecutor(count or 1, initializer=lambda: torch.set_num_threads(1))
-    try:
-        yield executor, count or 1
-    finally:
-        executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
-
-
-def _in_order(
-    checkpoint: Checkpoint, weights: list[PlannedWeight]
-) -> Iterator[tuple[_Piece, _Quantized]]:
-    """The pieces in order, worked on ahead: two for each processor, or one larger than all."""
-    import torchao.quantization  # noqa: F401 (once, before the threads)
-
-    with _workers() as (executor, count):
-        waiting: deque[tuple[_Piece, Future[_Quantized]]] = deque()
-        elements = 0
-        for weight in weights:
-            for piece in _pieces(weight):
-                while waiting and (
-                    len(waiting) >= 2 * count
-                    or elements + piece.elements > 2 * count * _PIECE_ELEMENTS
-                ):
-                    first, future = waiting.popleft()
-                    elements -= first.elements
-                    yield first, future.result()
-                future = executor.submit(_quantize_piece, checkpoint, piece)
-                waiting.append((piece, future))
-                elements += piece.elements
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-
-
 class _Finished:
     """Weights that are whole in their files: flushes them, and only then tells the journal."""
 
@@ -443,11 +399,20 @@ def _write_weights(
     if done:
         progress(done, total, "done before")
     todo = [weight for weight in weights if weight.name not in energies]
+    import torchao.quantization  # noqa: F401 (once, before the threads)
+
     finished = _Finished(writer_of, journal)
     signal = noise = 0.0
     try:
-        with closing(_in_order(checkpoint, todo)) as pieces:
-            for piece, quantized in pieces:
+        with closing(
+            in_order(
+                functools.partial(_quantize_piece, checkpoint),
+                (piece for weight in todo for piece in _pieces(weight)),
+                size=lambda piece: piece.elements,
+                size_of_two=2 * _PIECE_ELEMENTS,
+            )
+        ) as results:
+            for piece, quantized in results:
                 weight = piece.weight
                 for part, tensor in quantized.parts.items():
                     writer_of[weight.name].append(part, tensor)

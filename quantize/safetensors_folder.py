@@ -41,7 +41,7 @@ ELEMENT_BYTES = {
 
 
 # Pages that were read stay in the process's memory as long as their file is mapped: after so many
-# bytes it is mapped anew. What was read is a view, which keeps its own mapping as long as it lives.
+# bytes the files are mapped anew. What was read is a view, which keeps its mapping while it lives.
 _MAPPED_BYTES = 256 * 2**20
 
 
@@ -152,9 +152,10 @@ class SafetensorsFolder:
             ) from error
         with self._reading:
             self._bytes_read[file] += tensor.nbytes
-            if self._bytes_read[file] > _MAPPED_BYTES:
-                self._bytes_read[file] = 0
-                self._open(file)
+            if self._bytes_read.total() > _MAPPED_BYTES:
+                for read in self._bytes_read:
+                    self._open(read)
+                self._bytes_read.clear()
         return tensor
 
 

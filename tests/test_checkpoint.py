@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantize import safetensors_folder
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError
 from quantize.packing import pack_int4, unpack_int4
@@ -429,3 +430,33 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
 
     # From bytes, not mapped: the file is rewritten while the tensors live.
     return load(file.read_bytes())
+
+
+# Reading without keeping.
+
+
+def _resident_file_pages_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("this system has no RssFile")
+
+
+@pytest.mark.parametrize("mapped_bytes", [2**20, 2**30])
+def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch, mapped_bytes):
+    monkeypatch.setattr(safetensors_folder, "_MAPPED_BYTES", mapped_bytes)
+    tensors = {f"{n}": torch.full((2**20,), float(n)) for n in range(16)}
+    for file in ("a", "b"):
+        part = {name: t for name, t in tensors.items() if (int(name) % 2 == 0) == (file == "a")}
+        save_file(part, tmp_path / f"{file}.safetensors")
+    files = {name: f"{'ba'[int(name) % 2 == 0]}.safetensors" for name in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    folder = safetensors_folder.SafetensorsFolder(tmp_path)
+    before = _resident_file_pages_bytes()
+    kept = folder.read("3")
+    for name, tensor in tensors.items():
+        assert torch.equal(folder.read(name), tensor)
+    # 64 MiB were read; what is kept, and the last of each file, may still be there.
+    resident = _resident_file_pages_bytes() - before
+    assert (resident < 32 * 2**20) == (mapped_bytes == 2**20), resident
+    assert torch.equal(kept, tensors["3"])
