@@ -731,6 +731,7 @@ def _sample_json(t_s: float, phase: str, reading: sensors.Reading) -> dict[str, 
         "temperature_c": dict(reading.temperature_c),
         "cpu_mhz": dict(reading.cpu_mhz),
         "battery": None if reading.battery is None else asdict(reading.battery),
+        "load_1m": reading.load_1m,
     }
 
 

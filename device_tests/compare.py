@@ -36,9 +36,10 @@ from quantize.errors import UserError
 MINIMUM_REPEATS = 3
 """Of each side, for an interval."""
 
-NOMINAL_REPEATS = 6
-"""With fewer, not even the whole range of the repeats holds the median in 95 % of cases: it does in
-1 - 2 * 0.5**n, which is 93.75 % for 5."""
+VERDICT_REPEATS = 6
+"""Of each side, for a verdict on what is noisy. With fewer, not even the whole range of the repeats
+holds the median in 95 % of cases: it does in 1 - 2 * 0.5**n, which is 93.75 % for 5. Of two equal
+sides with three repeats each, the interval excludes 1 in 9 % (`benchmarks/false_verdicts.py`)."""
 
 MINIMUM_PUZZLES = 10
 """On each side, for an interval of the ratio of exact matches."""
@@ -70,7 +71,8 @@ AT_A_GLANCE = (
 """What decides between two families: quality, speed, energy, memory; shown before all else."""
 
 Verdict = Literal["better", "worse", "higher", "lower", "equal", "unclear", "not known"]
-"""How B stands to A; `unclear`: the interval holds 1, `equal`: it holds nothing else."""
+"""How B stands to A; `unclear`: the interval holds 1, or there are too few runs to say, `equal`: it
+holds nothing else."""
 
 
 class CompareRefused(UserError):
@@ -115,7 +117,8 @@ class Row:
     """One metric on both sides.
 
     ratio: median of B by median of A. interval: 95 %, None where there is none, and then `why` says
-    so. verdict: how B stands to A, told only where the interval excludes 1. style: where a metric
+    so. verdict: how B stands to A, told only where the interval excludes 1 and each side has
+    VERDICT_REPEATS, or neither varied at all. style: where a metric
     counts another thing on each side, the one that this row is about.
     """
 
@@ -127,6 +130,16 @@ class Row:
     verdict: Verdict
     why: str = ""
     style: str = ""
+
+    @property
+    def fewest(self) -> int:
+        """Runs of the side that has fewer."""
+        return min(len(self.a.repeats), len(self.b.repeats))
+
+    @property
+    def is_too_few(self) -> bool:
+        """Whether an interval is shown that is of too few runs to be believed."""
+        return _is_too_few(self.metric, self.interval, self.fewest)
 
     @property
     def title(self) -> str:
@@ -198,17 +211,13 @@ class Comparison:
             f"ratio: median of B by median of A, each over repeats; interval: {100 * LEVEL:.0f} %, "
             f"percentile bootstrap of the ratio, {RESAMPLES} resamples of whole repeats"
         ]
-        counts = [
-            min(len(row.a.repeats), len(row.b.repeats))
-            for row in self.rows
-            if row.interval is not None
-        ]
-        if any(row.verdict == "unclear" for row in self.rows):
+        if any(row.verdict == "unclear" and not row.is_too_few for row in self.rows):
             notes.append("unclear: the interval holds 1")
-        if counts and min(counts) < NOMINAL_REPEATS:
+        if counts := [row.fewest for row in self.rows if row.is_too_few]:
             notes.append(
-                f"with fewer than {NOMINAL_REPEATS} repeats a side (here {min(counts)}) the "
-                "interval holds the true ratio less often than its name says"
+                f"unclear, and no verdict, with fewer than {VERDICT_REPEATS} runs a side (here "
+                f"{min(counts)}): the interval holds the true ratio less often than its name says; "
+                f"give `bench` at least {VERDICT_REPEATS} runs of the pass"
             )
         if any(row.ratio is not None and row.interval is None for row in self.rows):
             notes.append(
@@ -412,7 +421,8 @@ def _rows(
     if not any(side.repeats for side in sides):
         return []
     ratio, interval, why = _ratio(metric, *sides)
-    return [Row(metric, *sides, ratio, interval, _verdict(metric, interval), why)]
+    fewest = min(len(side.repeats) for side in sides)
+    return [Row(metric, *sides, ratio, interval, _verdict(metric, interval, fewest), why)]
 
 
 def _side(metric: Metric, records: Sequence[Record]) -> Side:
@@ -488,9 +498,18 @@ def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
     return float(interval.low), float(interval.high)
 
 
-def _verdict(metric: Metric, interval: tuple[float, float] | None) -> Verdict:
+def _is_too_few(metric: Metric, interval: tuple[float, float] | None, fewest: int) -> bool:
+    """A share is over puzzles, and what never varied is a count and no sample of a noise."""
+    if interval is None or metric.trials is not None or interval[0] == interval[1]:
+        return False
+    return fewest < VERDICT_REPEATS
+
+
+def _verdict(metric: Metric, interval: tuple[float, float] | None, fewest: int) -> Verdict:
     if interval is None:
         return "not known"
+    if _is_too_few(metric, interval, fewest):
+        return "unclear"
     low, high = interval
     if low <= 1 <= high:
         return "equal" if low == high else "unclear"

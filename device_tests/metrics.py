@@ -380,6 +380,11 @@ def _battery(record: Record, phases: Sequence[str], name: str) -> list[float]:
     return _known(_number(_mapping(sample.get("battery")).get(name)) for sample in samples)
 
 
+def _load_before(record: Record) -> float | None:
+    known = _known(_number(sample.get("load_1m")) for sample in _sensors(record, "before"))
+    return known[-1] if known else None
+
+
 def _battery_level(record: Record) -> float | None:
     levels = _battery(record, ("before", "during", "after"), "level_percent")
     return levels[-1] if levels else None
@@ -627,6 +632,12 @@ METRICS: tuple[Metric, ...] = (
         "clock_mhz", "MHz", "Clock of the fastest core", "Temperature and power",
         "median over the sensor samples during the run of the highest cpu_mhz of any core",
         "none", _SPEED, _clock,
+    ),
+    Metric(
+        "load_before", "threads", "Load average before", "Temperature and power",
+        "load_1m of the last sensor sample before the run: threads that ran or waited for a "
+        "processor or storage, over a minute; earlier runs are in it",
+        "none", _SPEED, _load_before,
     ),
     Metric(
         "battery_level_percent", "%", "Battery level", "Temperature and power",

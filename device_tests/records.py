@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 from quantize.errors import OutputError, UserError
 
-SCHEMA_VERSION = 2
-"""2 has the pass `puzzles`; files of version 1 are read too."""
+SCHEMA_VERSION = 3
+"""2 has the pass `puzzles`, 3 the load average; files of versions 1 and 2 are read too."""
 MAXIMUM_LINE_BYTES = 256 * 2**20
 
 Pass = Literal["cold", "warm_up", "speed", "natural", "memory", "puzzles"]

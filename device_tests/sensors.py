@@ -40,6 +40,10 @@ f=
 done
 [ -n "$n" ] || grep '^cpu MHz' /proc/cpuinfo 2>/dev/null
 """
+_LOAD = r"""v=
+{ read -r v </proc/loadavg; } 2>/dev/null
+[ -n "$v" ] && echo "load $v"
+"""
 _POWER = r"""n=
 for p in /sys/class/power_supply/*; do
 t= l= i= c= s= o=
@@ -52,13 +56,13 @@ _POWER_OF_ANDROID = r"""[ -n "$n" ] ||
 { command -v dumpsys >/dev/null && dumpsys battery; } 2>/dev/null
 """
 
-COMMAND = _ZONES + _ZONES_OF_ANDROID + _CLOCKS + _POWER + _POWER_OF_ANDROID + ":\n"
+COMMAND = _ZONES + _ZONES_OF_ANDROID + _CLOCKS + _LOAD + _POWER + _POWER_OF_ANDROID + ":\n"
 """Reads everything; before and after a run."""
 
 POLL_COMMAND = _ZONES + _ZONES_OF_ANDROID + _CLOCKS + _POWER + ":\n"
-"""Reads the same during a run, but asks no Android service for the battery: a process and a call
-into the system server, each second, for a value that hardly moves. (Without readable zones it does
-so for the temperatures, which would be missed.)"""
+"""Reads the same during a run, but not the load, which is then the run's own, and asks no Android
+service for the battery: a process and a call into the system server, each second, for a value that
+hardly moves. (Without readable zones it does so for the temperatures, which would be missed.)"""
 
 _CPU = re.compile(
     r"""cpu | tsens | x86_pkg_temp | coretemp | k10temp | zenpower | ^apc | soc[-_]thermal
@@ -91,13 +95,15 @@ class Battery:
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at all sensors; `cpu_sensors` are the names that measure the processor."""
+    """One look at all sensors; `cpu_sensors` are the names that measure the processor, `load_1m` is
+    the load average of the last minute (proc_loadavg(5))."""
 
     temperature_c: Mapping[str, float] = field(default_factory=dict)
     cpu_sensors: frozenset[str] = frozenset()
     cpu_mhz: Mapping[str, float] = field(default_factory=dict)
     battery: Battery | None = None
     charging: bool | None = None
+    load_1m: float | None = None
 
     @property
     def hottest(self) -> tuple[str, float] | None:
@@ -121,6 +127,7 @@ def parse(text: str) -> Reading:
     zones: list[tuple[str, str, float]] = []
     clocks: dict[str, float] = {}
     supplies: list[list[str]] = []
+    load: float | None = None
     for line in text.splitlines():
         tag, _, rest = line.partition(" ")
         if tag == "zone" and len(zones) < MAXIMUM_SENSORS:
@@ -131,6 +138,8 @@ def parse(text: str) -> Reading:
             mhz = number(line.partition(":")[2])
             if mhz is not None:
                 clocks[f"cpu{len(clocks)}"] = mhz
+        elif tag == "load" and load is None:
+            load = number(rest.partition(" ")[0])
         elif tag == "power" and len(supplies) < MAXIMUM_SENSORS:
             supplies.append([*(part.strip() for part in rest.split("|")), *[""] * 6][:6])
     if zones:
@@ -139,7 +148,7 @@ def parse(text: str) -> Reading:
     else:
         temperatures, cpu = _hal_temperatures(text)
     battery, charging = _power(supplies) if supplies else _battery_service(text)
-    return Reading(temperatures, cpu, clocks, battery, charging)
+    return Reading(temperatures, cpu, clocks, battery, charging, load)
 
 
 def number(text: str) -> float | None:

@@ -180,7 +180,7 @@ def bench(
             "(default: none)."
         ),
     ] = None,
-    puzzle_runs: Annotated[int, typer.Option(help="Runs over all of these puzzles.")] = 3,
+    puzzle_runs: Annotated[int, typer.Option(help="Runs over all of these puzzles.")] = 6,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
     max_temperature: Annotated[
         float, typer.Option(metavar="C", help="A run begins when the hottest CPU sensor is below.")

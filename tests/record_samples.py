@@ -39,7 +39,7 @@ def run(
     is_forced = pass_ != "natural"
     minute = repeat + 10 * records.PASSES.index(pass_)
     record: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": records.SCHEMA_VERSION,
         "record": "run",
         "bench_id": bench_id,
         "run_id": f"{bench_id}-{threads}-{pass_}-{repeat}-{seed}",
@@ -238,6 +238,7 @@ def _sensors(random: np.random.Generator, repeat: int, seconds: float) -> list[d
                     "temperature_c": 31.0,
                     "status": "charging",
                 },
+                "load_1m": None if phase == "during" else 0.5 + repeat / 10,
             }
         )
     return found

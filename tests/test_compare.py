@@ -11,11 +11,18 @@ import pytest
 from device_tests import compare as module
 from device_tests.compare import CompareRefused, compare, ratio_interval
 from device_tests.configuration import CONDITIONS, select
+from device_tests.metrics import compute
 from tests import record_samples
 from tests.record_samples import HOSTILE, bench
 from tests.test_report import change, has_control
 
-A = bench()
+
+def side(**options) -> list:
+    """A bench with as many runs as a verdict asks for."""
+    return bench(**({"speed": 6, "natural": 6} | options))
+
+
+A = side()
 
 
 def row(comparison, name):
@@ -32,7 +39,7 @@ def test_a_set_against_itself_differs_in_nothing():
 
 
 def test_faster_steps_are_better_and_slower_ones_worse():
-    fast = bench(seed=1, step_ms=30.0)
+    fast = side(seed=1, step_ms=30.0)
     found = row(compare(A, fast), "step_ms")
     assert found.verdict == "better"
     assert found.ratio == found.b.median / found.a.median
@@ -77,15 +84,45 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_too_few_repeats_have_a_ratio_and_no_verdict(repeats):
-    found = row(compare(A, bench(seed=1, step_ms=10.0, speed=repeats)), "step_ms")
+    found = row(compare(A, side(seed=1, step_ms=10.0, speed=repeats)), "step_ms")
     assert found.ratio == pytest.approx(0.25, rel=0.1)
     assert found.interval is None and found.verdict == "not known" and found.why == "too few runs"
 
 
-def test_few_repeats_are_told():
-    assert any("fewer than 6" in note for note in compare(A, A).notes)
-    many = bench(speed=6, natural=6)
-    assert not any("fewer than 6" in note for note in compare(many, many).notes)
+@pytest.mark.parametrize(("repeats", "verdict"), [(3, "unclear"), (5, "unclear"), (6, "better")])
+def test_a_verdict_asks_for_six_runs_of_each_side(repeats, verdict):
+    fast = side(seed=1, step_ms=10.0)
+    few = side(speed=repeats)
+    for a, b, expected in ((few, fast, verdict), (fast, few, verdict.replace("better", "worse"))):
+        comparison = compare(a, b)
+        found = row(comparison, "step_ms")
+        assert found.interval is not None and not found.interval[0] <= 1 <= found.interval[1]
+        assert found.verdict == expected
+        notes = [note for note in comparison.notes if "fewer than 6 runs" in note]
+        assert len(notes) == (repeats < 6)
+        assert all(f"(here {repeats})" in note for note in notes)
+
+
+def test_what_never_varies_needs_no_six_runs():
+    """A count is no sample of a noise."""
+    other = side(speed=3)
+    for record in other:
+        if record["pass"] == "speed":
+            record["result"]["delegation"]["layers"]["portable"] = 1000
+            record["metrics"] = compute(record)
+    found = row(compare(side(speed=3), other), "portable_operators")
+    assert found.interval[0] == found.interval[1] == found.ratio > 1
+    assert found.verdict == "worse"
+
+
+def test_the_load_of_the_device_is_set_side_by_side():
+    busy = side(seed=1)
+    for records, load in ((A, 0.5), (busy, 4.0)):
+        for record in records:
+            for sample in record["sensors"]:
+                sample["load_1m"] = load if sample["phase"] == "before" else None
+    found = row(compare(A, busy), "load_before")
+    assert (found.a.median, found.b.median, found.verdict) == (0.5, 4.0, "higher")
 
 
 def test_no_ratio_of_temperatures_and_of_zero():
@@ -97,7 +134,7 @@ def test_no_ratio_of_temperatures_and_of_zero():
 
 
 def test_a_metric_of_one_side_only_is_shown_without_a_ratio():
-    found = row(compare(A, bench(has_sensors=True)[:-1]), "peak_rss_bytes")
+    found = row(compare(A, side(has_sensors=True)[:-1]), "peak_rss_bytes")
     assert (found.b.repeats, found.ratio, found.why) == ((), None, "B has no number")
 
 
@@ -149,7 +186,7 @@ def test_all_differing_conditions_are_named_at_once():
 
 
 def test_a_side_under_two_conditions_is_refused_until_one_is_chosen():
-    both = [*A, *bench(threads=4, bench_id="bench-2")]
+    both = [*A, *side(threads=4, bench_id="bench-2")]
     with pytest.raises(CompareRefused, match="threads is 2 or 4 in A and 2 in B"):
         compare(both, A)
     assert compare(select(both, threads=2), A).runs == (len(A), len(A))
@@ -166,8 +203,8 @@ def test_one_governor_in_the_middle_of_a_side_is_refused():
 
 def test_passes_have_their_own_workload():
     with pytest.raises(CompareRefused, match=r"workload.force_steps is 8 in A and 16 in B"):
-        compare(A, bench(steps=16))
-    natural = [r for r in bench(steps=16) if r["pass"] == "natural"]
+        compare(A, side(steps=16))
+    natural = [r for r in side(steps=16) if r["pass"] == "natural"]
     assert row(compare(A, natural), "tokens_per_s").ratio is not None
 
 
@@ -181,7 +218,7 @@ def test_unknown_names_and_empty_sides_are_refused():
 
 
 def test_failures_are_counted_on_both_sides_and_listed():
-    found = compare(A, bench(with_failure=True))
+    found = compare(A, side(with_failure=True))
     assert found.failed == (0, 1)
     assert (row(found, "step_ms").a.failed, row(found, "step_ms").b.failed) == (0, 1)
     assert "1 failed" in module.to_text(found) and "1 failed" in module.to_markdown(found)
@@ -194,11 +231,11 @@ def test_failures_are_counted_on_both_sides_and_listed():
 
 
 def test_json_is_finite_and_text_fits_a_terminal():
-    found = compare(A, bench(seed=1), across=())
+    found = compare(A, side(seed=1), across=())
     json.dumps(module.to_json(found), allow_nan=False)
     assert all(len(line) <= 100 for line in module.to_text(found).splitlines())
     metrics = module.to_json(found)["metrics"]["step_ms"]
-    assert len(metrics["a_repeats"]) == 5 and len(metrics["interval"]) == 2
+    assert len(metrics["a_repeats"]) == 6 and len(metrics["interval"]) == 2
 
 
 def test_hostile_conditions_are_inert():
@@ -214,12 +251,12 @@ def test_hostile_conditions_are_inert():
 
 def test_a_mixed_side_is_refused_even_where_the_sides_may_differ() -> None:
     """Two thread counts in one median would be a number of neither."""
-    mixed = bench()
-    for record in bench():
+    mixed = side()
+    for record in side():
         record["conditions"]["threads"] = 7
         mixed.append(record)
     with pytest.raises(CompareRefused, match=r"threads is .* or 7"):
-        compare(mixed, bench(), across=("threads",))
+        compare(mixed, side(), across=("threads",))
 
 
 # Over families.
@@ -228,12 +265,12 @@ AUTOREGRESSIVE = {
     "sha256": "cd" * 32, "name": "twin", "family": "qwen3", "style": "autoregressive",
     "recipe": "int4-g32", "backend": "xnnpack", "bytes": 1_610_000,
 }  # fmt: skip
-WITH_PUZZLES = bench(puzzles=3)
+WITH_PUZZLES = side(puzzles=3)
 
 
 def twin(right: int | None = None, **workload) -> list:
     """The bench of an autoregressive model; `right` of its thirty answers are right."""
-    found = copy.deepcopy(bench(puzzles=3, seed=1, step_ms=4.0))
+    found = copy.deepcopy(side(puzzles=3, seed=1, step_ms=4.0))
     for record in found:
         record["conditions"]["bundle"] = AUTOREGRESSIVE
         record["conditions"]["workload"] |= {"max_new_tokens": 64} | workload
@@ -327,12 +364,12 @@ def test_other_puzzles_have_no_interval():
 def test_where_no_battery_tells_of_energy_a_note_says_so():
     """Only where whole answers were measured: energy is told of them."""
     charging = [copy.deepcopy(WITH_PUZZLES), twin()]
-    for side in charging:
-        for record in side:
+    for records in charging:
+        for record in records:
             for sample in record["sensors"]:
                 sample["battery"]["status"] = "charging"
     for sides, is_told in (
-        ((WITH_PUZZLES, twin()), False), (charging, True), ((bench(), bench()), False),
+        ((WITH_PUZZLES, twin()), False), (charging, True), ((side(), side()), False),
     ):  # fmt: skip
         notes = compare(*sides, ["family"]).notes
         assert any("energy is not known" in note for note in notes) == is_told
@@ -346,7 +383,7 @@ def test_of_families_what_decides_between_them_comes_first_and_every_row_once():
     assert sorted(each.name for each in (*first, *others)) == sorted(row.name for row in found.rows)
     for text in (module.to_text(found), module.to_markdown(found).lower()):
         assert text.index("at a glance") < text.index("hole answer") < text.index("everything")
-    assert compare(bench(), bench()).groups[0][0] == ""
+    assert compare(side(), side()).groups[0][0] == ""
 
 
 def test_each_side_says_what_it_is():

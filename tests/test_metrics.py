@@ -105,6 +105,7 @@ EXPECTED = {
     "hottest_during_c": 44.0,
     "hottest_after_c": 41.0,
     "clock_mhz": 1800.0,
+    "load_before": 1.75,
     "battery_level_percent": 80.0,
     "battery_current_ma": -700.0,
     "delegated_operators": 35.0,
@@ -127,7 +128,8 @@ def record(pass_: str) -> dict[str, Any]:
         "sensors": [
             {"t_s": 0.0, "phase": phase, "temperature_c": {"cpu-0": heat, "battery": 90.0},
              "cpu_mhz": {"cpu0": clock / 2, "cpu1": clock},
-             "battery": {"level_percent": level, "current_ma": current, "status": "discharging"}}
+             "battery": {"level_percent": level, "current_ma": current, "status": "discharging"},
+             "load_1m": {"before": 1.75, "during": None, "after": 2.5}[phase]}
             for phase, heat, clock, level, current in SENSORS
         ],
         "puzzles": [

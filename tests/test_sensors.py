@@ -192,6 +192,18 @@ def test_the_command_reads_what_sysfs_shows(command: str, sysfs: Path) -> None:
     assert reading.charging is True
 
 
+def test_the_load_is_read_before_and_after_a_run_only(sysfs: Path) -> None:
+    def load(command: str) -> float | None:
+        script = command.replace("/proc/loadavg", f"{sysfs}/loadavg")
+        return sensors.parse(run(script, sysfs)).load_1m
+
+    assert load(sensors.COMMAND) is None
+    (sysfs / "loadavg").write_text("2.31 1.07 0.98 3/512 4711\n")
+    assert load(sensors.COMMAND) == 2.31
+    assert load(sensors.POLL_COMMAND) is None
+    assert sensors.parse("load much 1 2\n").load_1m is None
+
+
 def test_the_command_is_content_with_an_empty_sysfs(tmp_path: Path) -> None:
     assert sensors.parse(run(sensors.COMMAND, tmp_path)).temperature_c == {}
 
