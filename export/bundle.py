@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from quantize.atomic_folder import atomic_folder
+from quantize.atomic_folder import atomic_folder, resumable_folder
 from quantize.errors import BundleError
+from quantize.journal import Journal
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "bundle.json"
@@ -275,6 +276,25 @@ def stage_bundle(
             raise BundleError(f"{destination} was left without a manifest; call finish")
 
 
+@contextmanager
+def resumable_bundle(
+    destination: str | os.PathLike[str], work: str, *, overwrite: bool = False
+) -> Iterator[tuple[BundleWriter, Journal]]:
+    """`stage_bundle` for long work: a later call finds what an interrupted one had done.
+
+    See `quantize.atomic_folder.resumable_folder` for the journal, for `work`, and for when the
+    unfinished folder is kept.
+    """
+    with resumable_folder(destination, work, overwrite=overwrite, is_ours=_is_bundle) as (
+        folder,
+        journal,
+    ):
+        writer = BundleWriter(folder)
+        yield writer, journal
+        if not writer.finished:
+            raise BundleError(f"{destination} was left without a manifest; call finish")
+
+
 def write_bundle(
     destination: str | os.PathLike[str],
     manifest: Manifest,
@@ -401,7 +421,7 @@ def _parse(document: dict[str, Any]) -> tuple[Manifest, dict[str, FileEntry]]:
         special_tokens=SpecialTokens(
             eos=tuple(special["eos"]), pad=special["pad"], bos=special["bos"]
         ),
-        stages=tuple(_parse_stage(stage) for stage in document["stages"]),
+        stages=tuple(parse_stage(stage) for stage in document["stages"]),
         backend=document["backend"],
         versions=dict(document["versions"]),
         experts=Experts(**document["experts"]),
@@ -417,7 +437,8 @@ def _parse(document: dict[str, Any]) -> tuple[Manifest, dict[str, FileEntry]]:
     return manifest, files
 
 
-def _parse_stage(stage: dict[str, Any]) -> Stage:
+def parse_stage(stage: dict[str, Any]) -> Stage:
+    """The inverse of `dataclasses.asdict`, also from JSON."""
     tensors = {
         side: tuple(
             TensorSpec(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -14,14 +17,17 @@ import torch
 from export.backends import LoweredStage, check_backend, lower_stage
 from export.backends.stamping import Forms
 from export.bundle import (
+    SCHEMA_VERSION,
     Bundle,
+    Delegation,
     Manifest,
     Progress,
     Stage,
     TensorSpec,
     TokenizerInfo,
     open_bundle,
-    stage_bundle,
+    parse_stage,
+    resumable_bundle,
 )
 from export.models import stage_model
 from export.staging import StagedModel, StageModule
@@ -30,6 +36,8 @@ from quantize.checkpoint import open_checkpoint
 
 TOOL_CHAIN = ("executorch", "torch", "torchao")
 TOKENIZER_FILE = "tokenizer.json"
+FORMS_FOLDER = ".forms"
+"""Holds the programs that others are stamped from, until the bundle is sealed."""
 
 
 def export_bundle(
@@ -45,6 +53,9 @@ def export_bundle(
     progress: Progress | None = None,
 ) -> Bundle:
     """Lower a checkpoint folder into a bundle folder, which appears whole or not at all.
+
+    A call that was killed or interrupted leaves a hidden folder beside it, from which the next call
+    with the same source, options and versions goes on after the last whole stage.
 
     Args:
         source: Hugging Face folder, or an int4 folder of `quantize`.
@@ -64,8 +75,10 @@ def export_bundle(
     check_backend(backend)
     checkpoint = open_checkpoint(source)
     tokenizer = tokenizer_files(checkpoint.folder)
-    with ExitStack() as stack:
-        writer = stack.enter_context(stage_bundle(destination, overwrite=overwrite))
+    work = _work(
+        checkpoint.folder, [maximum_context, experts, truncation, layers_per_stage, backend]
+    )
+    with resumable_bundle(destination, work, overwrite=overwrite) as (writer, journal):
         report = progress or (lambda done, total, what: None)
         report(0, 1, "loading the weights")
         model = stage_model(
@@ -78,15 +91,33 @@ def export_bundle(
         if tokenizer is not None:
             _check_tokenizer(tokenizer, model)
             writer.path(TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())
-        described, delegation = [], {}
-        forms = stack.enter_context(Forms.beside(destination, backend))
+        forms = Forms(writer.folder / FORMS_FOLDER, backend)
+        described: dict[str, Stage] = {}
+        delegation: dict[str, Delegation] = {}
+        for record in journal.records:
+            found = parse_stage(record["stage"])
+            described[found.name] = found
+            delegation[found.name] = Delegation(**record["delegation"])
         total = len(model.stages) + 2
         for done, stage in enumerate(model.stages, start=1):
             report(done, total, f"lowering {stage.name}")
+            if stage.name in described:
+                continue
             lowered = forms.lower(stage) if stage.form else lower_stage(stage, backend)
-            lowered.write(writer.path(_file(stage)))
-            described.append(_describe(stage, lowered))
+            path = writer.path(_file(stage))
+            lowered.write(path)
+            _flush(path)
+            described[stage.name] = _describe(stage, lowered)
             delegation[stage.name] = lowered.delegation
+            journal.append(
+                [
+                    {
+                        "stage": asdict(described[stage.name]),
+                        "delegation": asdict(lowered.delegation),
+                    }
+                ]
+            )
+        shutil.rmtree(writer.folder / FORMS_FOLDER, ignore_errors=True)
         report(total - 1, total, "sealing")
         writer.finish(
             Manifest(
@@ -94,7 +125,7 @@ def export_bundle(
                 style=model.style,
                 sampler=model.sampler,
                 special_tokens=model.special_tokens,
-                stages=tuple(described),
+                stages=tuple(described[stage.name] for stage in model.stages),
                 backend=backend,
                 versions={name: importlib.metadata.version(name) for name in TOOL_CHAIN},
                 experts=model.experts,
@@ -111,6 +142,24 @@ def export_bundle(
             )
         )
     return open_bundle(Path(destination), verify=False)
+
+
+def _work(source: Path, options: list[object]) -> str:
+    """A text that differs whenever the bundle could."""
+    files = [path for path in sorted(source.iterdir()) if path.is_file()]
+    parts = {
+        "source": str(source.resolve()),
+        "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        "options": options,
+        "versions": {name: importlib.metadata.version(name) for name in TOOL_CHAIN},
+        "schema_version": SCHEMA_VERSION,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _check_tokenizer(tokenizer: TokenizerFiles, model: StagedModel) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,21 +52,12 @@ def quantize(
     After an interruption the same command goes on with the weight at which it was.
     """
     chosen = _recipe(recipe, algorithm)
-    from quantize.atomic_folder import unfinished_work
     from quantize.quantizer import quantize_checkpoint
 
-    try:
-        with reporting("quantizing") as progress:
-            report = quantize_checkpoint(
-                source, destination, chosen, progress=progress, overwrite=overwrite
-            )
-    except (KeyboardInterrupt, SystemExit):
-        if unfinished_work(destination):
-            err_console().print(
-                f"What is done of {destination} is kept; the same command goes on from there.",
-                soft_wrap=True,
-            )
-        raise
+    with _resumable(destination), reporting("quantizing") as progress:
+        report = quantize_checkpoint(
+            source, destination, chosen, progress=progress, overwrite=overwrite
+        )
     total, layers = report.total(), report.by_layer()
     if as_json:
         rows = [
@@ -111,6 +103,22 @@ def quantize(
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"wrote {destination}", soft_wrap=True)
+
+
+@contextmanager
+def _resumable(destination: Path) -> Iterator[None]:
+    """Say after an interruption what the same command would do."""
+    from quantize.atomic_folder import unfinished_work
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if unfinished_work(destination):
+            err_console().print(
+                f"What is done of {destination} is kept; the same command goes on from there.",
+                soft_wrap=True,
+            )
+        raise
 
 
 def _recipe(name: str, algorithm: str | None) -> Recipe:
@@ -164,7 +172,10 @@ def export(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lower a checkpoint through ExecuTorch into a bundle, the folder that devices run."""
+    """Lower a checkpoint through ExecuTorch into a bundle, the folder that devices run.
+
+    After an interruption the same command goes on with the program at which it was.
+    """
     from export.exporter import export_bundle
 
     options: dict[str, Any] = {"experts": experts, "backend": backend, "overwrite": overwrite}
@@ -174,7 +185,7 @@ def export(
         options["truncation"] = truncation
     if layers_per_stage is not None:
         options["layers_per_stage"] = layers_per_stage
-    with reporting("exporting") as progress:
+    with _resumable(destination), reporting("exporting") as progress:
         bundle = export_bundle(source, destination, progress=progress, **options)
     if as_json:
         print_json({"bundle": str(destination), "manifest": bundle.to_json()})

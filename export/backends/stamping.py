@@ -19,9 +19,8 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,7 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from export.backends import LoweredStage, lower_stage
+from export.backends import LoweredStage, Output, lower_stage
+from export.bundle import Delegation
 from export.program_file import Extent, read_program_layout
 from export.staging import Form, StageModule
 from export.weights import RandomWeights, Weights
@@ -120,37 +120,16 @@ class Template:
                 parts = _parts(weights, *last)
             yield place, parts.get(place.part, b"")
 
-    def save(self, path: Path) -> None:
-        """Write the places as JSON beside the program."""
-        text = json.dumps([asdict(place) for place in self.places])
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-
-    @classmethod
-    def read(cls, file: Path, places: Path) -> Template:
-        """The inverse of `save`."""
-        entries = json.loads(places.read_text(encoding="utf-8"))
-        return cls(file, tuple(Place(**entry) for entry in entries))
-
 
 class Forms:
     """Lowers stages that have a form: the form once, the stage from it.
 
-    The programs with random weights are kept in `folder` meanwhile.
+    The programs with random weights are kept in `folder`, where a later process finds them.
     """
 
     def __init__(self, folder: Path, backend: str) -> None:
         self._folder, self._backend = folder, backend
         self._made: dict[str, tuple[Template, LoweredStage]] = {}
-
-    @classmethod
-    @contextmanager
-    def beside(cls, destination: str | os.PathLike[str], backend: str) -> Iterator[Forms]:
-        """With a temporary folder on the file system of `destination`."""
-        parent = Path(destination).absolute().parent
-        with tempfile.TemporaryDirectory(prefix=".forms-", dir=parent) as folder:
-            yield cls(Path(folder), backend)
 
     def lower(self, stage: StageModule) -> LoweredStage:
         """The program of a stage with a form. Raises what `make_template` and `stamp` raise."""
@@ -158,10 +137,48 @@ class Forms:
         if form is None:
             raise ValueError(f"the stage {stage.name} has no form")
         if form.name not in self._made:
-            file = self._folder / f"{form.name}.pte"
-            self._made[form.name] = make_template(stage, form, self._backend, file)
+            self._made[form.name] = self._kept(form) or self._make(stage, form)
         template, lowered = self._made[form.name]
         return replace(lowered, write=lambda path: template.stamp(form.weights, path))
+
+    def _make(self, stage: StageModule, form: Form) -> tuple[Template, LoweredStage]:
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / f"{form.name}.pte"
+        template, lowered = make_template(stage, form, self._backend, file)
+        document = {
+            "outputs": [
+                [str(output.dtype).removeprefix("torch."), output.shape, output.dynamic]
+                for output in lowered.outputs
+            ],
+            "delegation": asdict(lowered.delegation),
+            "places": [asdict(place) for place in template.places],
+        }
+        # The description appears last and whole: where it is, the program is whole.
+        described = file.with_suffix(".json")
+        temporary = described.with_suffix(".partial")
+        temporary.write_text(json.dumps(document), encoding="utf-8")
+        for path in (file, temporary):
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, described)
+        return template, lowered
+
+    def _kept(self, form: Form) -> tuple[Template, LoweredStage] | None:
+        file = self._folder / f"{form.name}.pte"
+        try:
+            document = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        template = Template(file, tuple(Place(**place) for place in document["places"]))
+        outputs = tuple(
+            Output(getattr(torch, dtype), tuple(shape), tuple(dynamic))
+            for dtype, shape, dynamic in document["outputs"]
+        )
+        return template, LoweredStage(_unwritten, outputs, Delegation(**document["delegation"]))
+
+
+def _unwritten(path: Path) -> None:
+    raise ValueError(f"a form is stamped, not written to {path}")
 
 
 def make_template(
