@@ -449,11 +449,10 @@ def test_an_interrupted_verb_leaves_nothing_under_its_final_name(
         process.kill()
     assert process.returncode == code, err
     assert out == "" and "Traceback" not in err
-    if verb == "export":
-        assert list(tmp_path.iterdir()) == []
-    else:
-        assert err.count("\n") == 1 and "the same command goes on from there" in err
-        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert "the same command goes on from there" in err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    if verb == "quantize":  # lowering takes minutes: see tests/test_stamping.py
+        assert err.count("\n") == 1
         assert run(command(verb, ROOT / "scripts/demo_model", tmp_path / "out")) == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
