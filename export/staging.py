@@ -66,7 +66,7 @@ class StageModule:
     `module` may be what builds the module, so that not all need be held at once: see `load`.
     `form` is None for a stage whose graph no other has. `mutates_buffers` tells a stage that owns a
     KV cache. `dynamic` is, for an input, axis -> name of a length that may vary from 1 to that of
-    the example; the same name is the same length.
+    the example; the same name is the same length, and `3*name` is three times it.
     """
 
     name: str

@@ -7,6 +7,7 @@ another's weights and from random ones.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -48,6 +49,20 @@ class RenamedWeights:
     def get_packed(self, name: str, index: int | None = None) -> PackedIntegers | None:
         """See `Checkpoint.get_packed`."""
         return self._weights.get_packed(self._own_name(name), index)
+
+
+def other_layers(from_layer: int, to_layer: int) -> Callable[[str], str]:
+    """Names of tensors of layer `from_layer` and on -> those as far behind `to_layer`."""
+
+    def rename(name: str) -> str:
+        return re.sub(
+            r"(?<=\.layers\.)\d+(?=\.)|(?<=\.blocks\.)\d+(?=\.)",
+            lambda number: str(int(number.group()) - from_layer + to_layer),
+            name,
+            count=1,
+        )
+
+    return rename
 
 
 class RandomWeights:

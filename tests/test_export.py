@@ -160,7 +160,7 @@ def test_manifest_says_what_was_lowered(demo_bundle: Bundle, demo_int4: Path) ->
     for stage in staged.stages:
         quantized = sum(
             getattr(weight, "activation_quantization", None) is not None
-            for weight in stage.module.parameters()
+            for weight in stage.load().parameters()
         )
         assert quantized > 0
         assert manifest.delegation[stage.name].delegated[QUANTIZED_LINEAR] == quantized

@@ -223,11 +223,12 @@ def _check_memory(shape: ModelShape, model: Any) -> None:
     """Caches to the byte, and as many numbers in the modules as the plan has weights."""
     caches = weights = 0
     for stage in model.stages[:-1]:
-        for name, buffer in stage.module.named_buffers():
+        module = stage.load()
+        for name, buffer in module.named_buffers():
             if name.endswith(("key_cache", "value_cache")):
                 caches += buffer.numel() * buffer.element_size()
             weights += buffer.numel() if name.endswith("layer_scalar") else 0
-        weights += sum(parameter.numel() for parameter in stage.module.parameters())
+        weights += sum(parameter.numel() for parameter in module.parameters())
     assert shape.kv_bytes(model.info.maximum_context) == caches
     own_head = shape.weight(shape.head_table)
     expected = shape.total_parameters - (own_head.parameters if own_head.use == "product" else 0)

@@ -18,7 +18,7 @@ from export.bundle import Bundle, open_bundle
 from export.exporter import export_bundle
 from export.models import stage_model
 from export.program_file import read_program_layout
-from export.runtime import EagerModel, open_session
+from export.runtime import EagerModel, eager_stages, open_session
 from export.staging import StageModule
 from export.uniform_diffusion import UniformDiffusionSettings
 from export.weights import RandomWeights
@@ -26,7 +26,7 @@ from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import CheckpointError, LoweringError
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
-from tests import hf_reference
+from tests import dense_checkpoints, hf_reference
 from tests.test_cli import start
 
 CONTEXT = 96
@@ -180,6 +180,35 @@ def test_cut_layers_compute_what_the_whole_model_does(folders: dict[str, Path]) 
         )
         for call, hidden in zip(calls, expected, strict=True):
             assert torch.equal(cut.run_layers(*call), hidden)
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada", "qwen2"])
+def test_cut_layers_of_dense_decoders_compute_the_same(kind: str, tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, kind, seed=2)
+    checkpoint = open_checkpoint(tmp_path)
+    whole, cut = (
+        eager_stages(stage_model(checkpoint, maximum_context=64, layers_per_stage=count))
+        for count in (None, 1)
+    )
+    torch.manual_seed(0)
+    for rows, first, block in [(32, 0, 32), (5, 32, 1), (32, 32, 64)]:
+        call = {
+            "tokens": torch.randint(0, 90, (1, rows)),
+            "start": torch.tensor([first]),
+            "block_length": torch.tensor([block]),
+        }
+        assert torch.equal(whole.layers(call), cut.layers(call))
+
+
+@pytest.mark.slow
+def test_a_cut_dense_decoder_is_stamped_and_takes_any_length(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path / "hf", "sdar", seed=2)
+    quantize_checkpoint(tmp_path / "hf", tmp_path / "int4", preset("int4-g32"))
+    first, second = cut_layers(open_checkpoint(tmp_path / "int4"))
+    template, _ = make_template(first, first.form, "xnnpack", tmp_path / "form.pte")
+    template.stamp(second.form.weights, tmp_path / "stamped.pte")
+    lower_stage(second, "xnnpack").write(tmp_path / "lowered.pte")
+    assert (tmp_path / "stamped.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
 
 
 def test_a_family_whose_layers_cannot_be_cut_says_so(tmp_path: Path) -> None:

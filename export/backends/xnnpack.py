@@ -155,9 +155,15 @@ def _dynamic_shapes(stage: StageModule) -> tuple[dict[int, torch.export.Dim], ..
         name: torch.export.Dim(name, min=1, max=examples[tensor].shape[axis])
         for tensor, axes in stage.dynamic.items()
         for axis, name in axes.items()
+        if "*" not in name
     }
+
+    def length(name: str) -> Any:
+        times, _, single = name.rpartition("*")
+        return int(times) * lengths[single] if int(times or 1) > 1 else lengths[single]
+
     return tuple(
-        {axis: lengths[name] for axis, name in stage.dynamic.get(tensor, {}).items()}
+        {axis: length(name) for axis, name in stage.dynamic.get(tensor, {}).items()}
         for tensor in stage.input_names
     )
 

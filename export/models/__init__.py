@@ -28,7 +28,11 @@ FAMILIES = {
 """Each module has `stage_model(checkpoint, *, maximum_context, experts, truncation)`; those of
 `CUTTING` take `layers_per_stage` as well."""
 
-CUTTING = ("diffusion_gemma",)
+CUTTING = frozenset(
+    kind
+    for kind, module in FAMILIES.items()
+    if module in ("export.models.diffusion_gemma_stages", "export.models.dense_stages")
+)
 """Families whose layers can be cut into stages."""
 
 
@@ -73,7 +77,7 @@ def stage_model(
     elif layers_per_stage is not None:
         raise CheckpointError(
             f"the layers of {model_type} cannot be cut into stages of {layers_per_stage}; leave "
-            f"that out, or take one of {', '.join(CUTTING)}"
+            f"that out, or take one of {', '.join(sorted(CUTTING))}"
         )
     return family.stage_model(
         checkpoint, maximum_context=maximum_context, experts=experts, truncation=truncation, **cut

@@ -26,6 +26,7 @@ from export.models.blocks import (
     refuse_variant,
     silu,
 )
+from export.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 
@@ -104,6 +105,11 @@ class DenseConfig:
                 f"{made.head_dim}; heads must divide evenly and the head size be even"
             )
         return made
+
+    @property
+    def kv_groups(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
 
     @property
     def embedding_name(self) -> str:
@@ -341,8 +347,8 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class DenseLayers(nn.Module):
-    """The stage from tokens to hidden states: embedding, layers, final norm.
+class DenseEntry(nn.Module):
+    """From tokens to what the layers take: embedded rows, the mask, rotary angles.
 
     One graph serves prefill, decoding and denoising: they differ in how many rows there are and in
     what the rows see.
@@ -355,15 +361,48 @@ class DenseLayers(nn.Module):
         self.maximum_context = maximum_context
         self.prefill_length = prefill_length
         self.embed_tokens = nn.Embedding(config.vocabulary_size, config.hidden_size, device="meta")
-        self.layers = nn.ModuleList(
-            Layer(config, maximum_context) for _ in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.register_buffer("frequencies", inverse_frequencies(config), persistent=False)
         self.register_buffer("key_positions", torch.arange(maximum_context), persistent=False)
         self.register_buffer("offsets", torch.arange(prefill_length), persistent=False)
 
-    def forward(self, tokens: Tensor, start: Tensor, block_length: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, start: Tensor, block_length: Tensor) -> tuple[Tensor, ...]:
+        """The inputs of `LayerGroup`; the arguments are those of `DenseLayers`.
+
+        Returns:
+            Rows `[1, N, H]`, the additive mask `[heads / KV heads * N, L]`, the cosines and sines
+            `[N, 1, head size / 2]`.
+        """
+        hidden, positions, mask = self.enter(tokens, start, block_length)
+        rotary = Rotary(positions, self.frequencies)
+        return hidden.unsqueeze(0), mask, rotary.cos, rotary.sin
+
+    def enter(
+        self, tokens: Tensor, start: Tensor, block_length: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embedded rows `[N, H]`, positions `[N]`, the mask as layers take it."""
+        rows = tokens.shape[1]
+        positions = start + self.offsets[:rows]
+        hidden = self.embed_tokens(tokens).view(rows, self.config.hidden_size)
+        block_end = (positions // block_length + 1) * block_length
+        seen_to = torch.minimum(block_end, start + rows)
+        mask = torch.where(self.key_positions < seen_to.unsqueeze(-1), 0.0, MASKED)
+        return hidden, positions, mask.repeat(self.config.kv_groups, 1)
+
+
+class DenseLayers(DenseEntry):
+    """The stage from tokens to hidden states: embedding, layers, final norm."""
+
+    def __init__(self, config: DenseConfig, *, maximum_context: int, prefill_length: int) -> None:
+        """Build without weights; `prefill_length` is the most rows of a call."""
+        super().__init__(config, maximum_context=maximum_context, prefill_length=prefill_length)
+        self.layers = nn.ModuleList(
+            Layer(config, maximum_context) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, start: Tensor, block_length: Tensor
+    ) -> Tensor:
         """Run the layers over `N` consecutive positions, 1 to the prefill length.
 
         Args:
@@ -376,17 +415,48 @@ class DenseLayers(nn.Module):
             Normed hidden states `[1, N, H]`. K and V of the rows are at their positions in the
             cache.
         """
-        rows = tokens.shape[1]
-        positions = start + self.offsets[:rows]
-        hidden = self.embed_tokens(tokens).view(rows, self.config.hidden_size)
-        block_end = (positions // block_length + 1) * block_length
-        seen_to = torch.minimum(block_end, start + rows)
-        mask = torch.where(self.key_positions < seen_to.unsqueeze(-1), 0.0, MASKED)
-        mask = mask.repeat(self.config.num_heads // self.config.num_kv_heads, 1)
+        hidden, positions, mask = self.enter(tokens, start, block_length)
         rotary = Rotary(positions, self.frequencies)
         for layer in self.layers:
             hidden = layer(hidden, positions, rotary, mask)
         return self.norm(hidden).unsqueeze(0)
+
+
+class LayerGroup(nn.Module):
+    """Consecutive layers as a stage of their own, with the KV cache of these layers."""
+
+    def __init__(
+        self, config: DenseConfig, count: int, *, maximum_context: int, prefill_length: int
+    ) -> None:
+        """Build without weights."""
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Layer(config, maximum_context) for _ in range(count))
+        self.register_buffer("offsets", torch.arange(prefill_length), persistent=False)
+
+    def forward(
+        self, hidden: Tensor, start: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Map rows `[1, N, H]` to `[1, N, H]`; the rest is what `DenseEntry` gives."""
+        length = hidden.shape[1]
+        positions = start + self.offsets[:length]
+        rows = hidden.view(length, self.config.hidden_size)
+        rotary = Rotary.of(cos, sin)
+        for layer in self.layers:
+            rows = layer(rows, positions, rotary, mask)
+        return rows.unsqueeze(0)
+
+
+class FinalNorm(nn.Module):
+    """The norm behind the last layer, as a stage of its own."""
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalize `[1, N, H]`."""
+        return self.norm(hidden)
 
 
 def checkpoint_name(path: str, config: DenseConfig) -> str:
@@ -412,25 +482,57 @@ def build_layers(
         CheckpointError: a tensor is missing or has another shape than the config says.
     """
     model = DenseLayers(config, maximum_context=maximum_context, prefill_length=prefill_length)
-    names = checkpoint.names()
-    used = {"lm_head.weight", "model.transformer.ff_out.weight"}
+    check_vocabulary(checkpoint, config)
+    used = load_weights(model, config, checkpoint)
+    return model.eval(), unused_notes(checkpoint, used)
+
+
+def check_vocabulary(checkpoint: Checkpoint, config: DenseConfig) -> None:
+    """Raise CheckpointError for an embedding table that config.json does not describe."""
     rows = checkpoint.shape(config.embedding_name)[0]
     if rows != config.vocabulary_size:
         raise CheckpointError(
             f"config.json has a vocabulary of {config.vocabulary_size} tokens and "
             f"{config.embedding_name} has {rows} rows; take config and weights from one checkpoint"
         )
+
+
+def load_weights(
+    model: nn.Module, config: DenseConfig, weights: Weights, first_layer: int = 0
+) -> set[str]:
+    """Give a module of this file its weights; its layer 0 is layer `first_layer` of the model.
+
+    Returns the names of the tensors that were used. Raises CheckpointError for one that is missing
+    or has another shape than the module.
+    """
+    used: set[str] = set()
     for path, parameter in list(model.named_parameters()):
-        name = checkpoint_name(path, config)
-        if tuple(checkpoint.shape(name)) != tuple(parameter.shape):
-            raise CheckpointError(_shape_sentence(checkpoint, name))
-        weight = checkpoint.get(name)
+        parts = path.split(".")
+        if parts[0] == "layers":
+            parts[1] = str(first_layer + int(parts[1]))
+        name = checkpoint_name(".".join(parts), config)
+        if tuple(weights.shape(name)) != tuple(parameter.shape):
+            raise CheckpointError(_shape_sentence(weights, name))
+        weight = weights.get(name)
         owner_path, _, leaf = path.rpartition(".")
         owner = model.get_submodule(owner_path)
-        if owner is model.embed_tokens:
+        if isinstance(owner, nn.Embedding):
             weight = lookup_table(weight)
         setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
         used.add(name)
+    return used
+
+
+def used_names(config: DenseConfig) -> set[str]:
+    """The checkpoint's names of all that embedding, layers and final norm are built from."""
+    model = DenseLayers(config, maximum_context=1, prefill_length=1)
+    return {checkpoint_name(path, config) for path, _ in model.named_parameters()}
+
+
+def unused_notes(checkpoint: Checkpoint, used: set[str]) -> list[str]:
+    """What to tell about tensors that no module took; CheckpointError for a bias among them."""
+    used = used | {"lm_head.weight", "model.transformer.ff_out.weight"}
+    names = checkpoint.names()
     # Old checkpoints store the rotary frequencies, which follow from the config.
     unused = sorted(n for n in names - used if not n.endswith("rotary_emb.inv_freq"))
     if any(name.endswith(".bias") for name in unused):
@@ -442,11 +544,11 @@ def build_layers(
     notes = []
     if unused:
         notes.append(f"skipped {len(unused)} tensors this architecture does not use: {unused[:3]}")
-    return model.eval(), notes
+    return notes
 
 
-def _shape_sentence(checkpoint: Checkpoint, name: str) -> str:
+def _shape_sentence(weights: Weights, name: str) -> str:
     return (
-        f"tensor {name} has shape {list(checkpoint.shape(name))}, which does not fit config.json; "
+        f"tensor {name} has shape {list(weights.shape(name))}, which does not fit config.json; "
         "take config and weights from one checkpoint"
     )

@@ -6,10 +6,14 @@ public source each was checked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from export.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
 from export.models.defaults import (
@@ -18,8 +22,26 @@ from export.models.defaults import (
     truncated_sampler,
     truncates,
 )
-from export.models.dense_decoder import DenseConfig, build_layers
-from export.staging import StagedModel, StageModule, block_layers_stage
+from export.models.dense_decoder import (
+    DenseConfig,
+    DenseEntry,
+    FinalNorm,
+    LayerGroup,
+    build_layers,
+    check_vocabulary,
+    load_weights,
+    unused_notes,
+    used_names,
+)
+from export.staging import (
+    BLOCK_LAYERS_INPUTS,
+    LAYERS_OUTPUTS,
+    Form,
+    StagedModel,
+    StageModule,
+    block_layers_stage,
+)
+from export.weights import RenamedWeights, Weights, other_layers
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 from quantize.json_files import read_json_object
@@ -123,8 +145,9 @@ def stage_model(
     maximum_context: int | None,
     experts: Literal["auto", "dense", "gather"],
     truncation: bool | None,
+    layers_per_stage: int | None,
 ) -> StagedModel:
-    """Build the two stages; see `export.models.stage_model`. There are no experts to choose for."""
+    """Build the stages; see `export.models.stage_model`. There are no experts to choose for."""
     config = DenseConfig.from_checkpoint_config(checkpoint.config)
     kind = checkpoint.config["model_type"]
     family = MASKED_FAMILIES.get(kind)
@@ -139,9 +162,15 @@ def stage_model(
         )
     end_names = () if family is None else family.end_names
     special = _special_tokens(checkpoint, config, end_names, tokens)
-    layers, unused = build_layers(
-        checkpoint, config, maximum_context=context, prefill_length=decoding.prefill_length
-    )
+    if layers_per_stage is None:
+        module, unused = build_layers(
+            checkpoint, config, maximum_context=context, prefill_length=decoding.prefill_length
+        )
+        layers = [block_layers_stage(module, decoding.prefill_length)]
+    else:
+        check_vocabulary(checkpoint, config)
+        unused = unused_notes(checkpoint, used_names(config))
+        layers = _cut_layers(checkpoint, config, context, decoding.prefill_length, layers_per_stage)
     return StagedModel(
         info=ModelInfo(
             family=kind,
@@ -156,12 +185,95 @@ def stage_model(
         special_tokens=special,
         experts=Experts(),
         stages=(
-            block_layers_stage(layers, decoding.prefill_length),
+            *layers,
             _head_stage(checkpoint, config, decoding, canvas, truncates(sampler)),
         ),
         notes=(*notes, *unused, *_folder_notes(checkpoint)),
         decoding=decoding,
     )
+
+
+def _cut_layers(
+    checkpoint: Checkpoint,
+    config: DenseConfig,
+    context: int,
+    prefill: int,
+    layers_per_stage: int,
+) -> list[StageModule]:
+    """The entry, the layers in groups, the final norm: each a stage, built when it is lowered."""
+    sizes = {"maximum_context": context, "prefill_length": prefill}
+
+    def entry() -> nn.Module:
+        module = DenseEntry(config, **sizes)
+        load_weights(module, config, checkpoint)
+        return module.eval()
+
+    def norm() -> nn.Module:
+        module = FinalNorm(config)
+        load_weights(module, config, checkpoint)
+        return module.eval()
+
+    def build(weights: Weights, first: int, count: int) -> nn.Module:
+        module = LayerGroup(config, count, **sizes)
+        load_weights(module, config, weights, first)
+        return module.eval()
+
+    rows = torch.zeros(1, prefill, config.hidden_size)
+    start = torch.zeros(1, dtype=torch.int64)
+    angles = torch.zeros(prefill, 1, config.head_dim // 2)
+    mask = torch.zeros(config.kv_groups * prefill, context)
+    shared = ("mask", "cos", "sin")
+    stages = [
+        StageModule(
+            name="entry",
+            role="layers",
+            module=entry,
+            example_inputs=(torch.zeros(1, prefill, dtype=torch.int64), start, start + 1),
+            input_names=BLOCK_LAYERS_INPUTS,
+            output_names=("hidden", *shared),
+            dynamic={"tokens": {1: "tokens"}},
+        )
+    ]
+    firsts: dict[int, int] = {}
+    for first in range(0, config.num_layers, layers_per_stage):
+        count = min(layers_per_stage, config.num_layers - first)
+        form_first = firsts.setdefault(count, first)
+        weights = RenamedWeights(checkpoint, other_layers(form_first, first))
+        form = Form(
+            f"layers_{form_first:02}",
+            functools.partial(build, first=form_first, count=count),
+            weights,
+        )
+        stages.append(
+            StageModule(
+                name=f"layers_{first:02}",
+                role="layers",
+                module=functools.partial(form.build, weights),
+                example_inputs=(rows, start, mask, angles, angles),
+                input_names=("hidden", "start", *shared),
+                output_names=LAYERS_OUTPUTS,
+                mutates_buffers=True,
+                dynamic={
+                    "hidden": {1: "tokens"},
+                    "mask": {0: f"{config.kv_groups}*tokens"},
+                    "cos": {0: "tokens"},
+                    "sin": {0: "tokens"},
+                },
+                form=form,
+            )
+        )
+    stages.append(
+        StageModule(
+            name="norm",
+            role="layers",
+            module=norm,
+            example_inputs=(rows,),
+            input_names=LAYERS_OUTPUTS,
+            output_names=LAYERS_OUTPUTS,
+            dynamic={"hidden": {1: "tokens"}},
+        )
+    )
+    return stages
 
 
 def _head_stage(

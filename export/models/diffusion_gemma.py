@@ -570,6 +570,16 @@ def load_weights(model: nn.Module, weights: Weights, first_layer: int = 0) -> se
     return used
 
 
+def used_names(config: DiffusionGemmaConfig) -> set[str]:
+    """The checkpoint's names of all that embedding, layers and final norm are built from."""
+    model = DiffusionGemmaLayers(config, maximum_context=config.canvas_length, computation="dense")
+    names = {_checkpoint_name(path, p.shape, 0)[0] for path, p in model.named_parameters()}
+    prefixes = (ENCODER_PREFIX, DECODER_PREFIX)
+    return names | {
+        f"{prefix}layers.{i}.layer_scalar" for prefix in prefixes for i in range(len(config.layers))
+    }
+
+
 def _checkpoint_name(
     path: str, shape: torch.Size, first_layer: int
 ) -> tuple[str, torch.Size, int | None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -25,6 +23,8 @@ from export.models.diffusion_gemma import (
     check_context,
     kinds_of,
     load_weights,
+    unused_notes,
+    used_names,
 )
 from export.staging import (
     HEAD_INPUTS,
@@ -36,7 +36,7 @@ from export.staging import (
     StageModule,
 )
 from export.uniform_diffusion import UniformDiffusionSettings
-from export.weights import RenamedWeights, Weights
+from export.weights import RenamedWeights, Weights, other_layers
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, InputError
 
@@ -82,7 +82,7 @@ def stage_model(
         layers: list[StageModule] = [_all_layers(config, module)]
     else:
         layers = _cut_layers(checkpoint, config, maximum_context, computation, layers_per_stage)
-        notes = []
+        notes = unused_notes(checkpoint.names() - used_names(config))
 
     def head() -> torch.nn.Module:
         return DiffusionHead(
@@ -194,7 +194,7 @@ def _cut_layers(
             load_weights(module, weights, form_first)
             return module.eval()
 
-        weights = RenamedWeights(checkpoint, _other_layers(form_first, first))
+        weights = RenamedWeights(checkpoint, other_layers(form_first, first))
         form = Form(f"layers_{form_first:02}", build, weights)
         stages.append(
             StageModule(
@@ -232,20 +232,6 @@ def _shared(
         f"{kind}_cos": angles,
         f"{kind}_sin": angles,
     }
-
-
-def _other_layers(from_layer: int, to_layer: int) -> Callable[[str], str]:
-    """Names of tensors of layer `from_layer` and on -> those as far behind `to_layer`."""
-
-    def rename(name: str) -> str:
-        return re.sub(
-            r"(?<=\blayers\.)\d+(?=\.)",
-            lambda number: str(int(number.group()) - from_layer + to_layer),
-            name,
-            count=1,
-        )
-
-    return rename
 
 
 def _settings(generation_config: dict[str, Any]) -> UniformDiffusionSettings:
