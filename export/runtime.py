@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from export.bundle import (
     TensorSpec,
 )
 from export.generation import Session
+from export.mapped_weights import MappedWeights, MemoryOptions, loading
 from export.masked_diffusion import (
     MaskedDiffusionSession,
     MaskedDiffusionSettings,
@@ -83,7 +84,8 @@ class LoadedStages:
     """The stages of one model, ready to run: a pass of its layers as scheduled, and its head.
 
     All values between stages stay tensors. A KV cache belongs to the stages, so to this object.
-    threads: of ExecuTorch; None for eager modules.
+    threads: of ExecuTorch; None for eager modules. weights: None unless they are mapped from a
+    file.
     """
 
     def __init__(
@@ -95,10 +97,12 @@ class LoadedStages:
         decoding: Decoding | None = None,
         schedule: Sequence[Call] = (),
         threads: int | None = None,
+        weights: MappedWeights | None = None,
     ) -> None:
         self.info = info
         self.decoding = decoding
         self.threads = threads
+        self.weights = weights
         self._head = head
         by_name = {stage.name: stage for stage in layers}
         self._calls = tuple(
@@ -154,6 +158,11 @@ class _TensorModel:
     def threads(self) -> int | None:
         """ExecuTorch's threads; None for eager modules."""
         return self.stages.threads
+
+    @property
+    def weights(self) -> MappedWeights | None:
+        """The stages' packed weights, if they are mapped from a file."""
+        return self.stages.weights
 
     def run_layers(self, *inputs: Tensor) -> Tensor:
         """A pass on the tensors of `layers_inputs`, in order; returns hidden states `[1, N, H]`."""
@@ -331,27 +340,35 @@ def _eager(module: torch.nn.Module) -> Callable[[list[Tensor]], Sequence[Tensor]
 
 
 def load_stages(
-    bundle: Bundle, threads: int | None = None, style: _Style | None = None
+    bundle: Bundle,
+    threads: int | None = None,
+    style: _Style | None = None,
+    memory: MemoryOptions | None = None,
 ) -> LoadedStages:
     """Load every stage of a bundle with `threads` threads (None: as many as ExecuTorch chooses).
 
-    style: what the loop expects of the stages; None: what the manifest says. Raises InputError for
-    a thread count that cannot be, BundleError for a program that cannot be loaded, is not what the
-    manifest says, or does not fit its style's loop.
+    style: what the loop expects of the stages; None: what the manifest says. memory: have packed
+    weights mapped from a file, and a budget held; None: they are packed into memory. Raises
+    InputError for a thread count or a budget that cannot be, BundleError for a program that cannot
+    be loaded, is not what the manifest says, or does not fit its style's loop, OutputError if
+    packed weights cannot be written.
     """
     manifest = bundle.manifest
     style = style or _style_of(manifest.style, bundle.folder)
     _check_interfaces(bundle, style)
     runtime = _load_executorch(threads)
-    loaded = [
-        _LoadedStage(
-            stage.name,
-            tuple(spec.name for spec in stage.inputs),
-            tuple(spec.name for spec in stage.outputs),
-            _load_method(runtime, bundle, stage),
-        )
-        for stage in manifest.stages
-    ]
+    with nullcontext() if memory is None else loading(bundle, memory) as weights:
+        loaded = [
+            _LoadedStage(
+                stage.name,
+                tuple(spec.name for spec in stage.inputs),
+                tuple(spec.name for spec in stage.outputs),
+                _with_weights(weights, number, _load_method(runtime, bundle, stage, weights)),
+            )
+            for number, stage in enumerate(manifest.stages)
+        ]
+    if weights is not None:
+        weights.begin()
     return LoadedStages(
         manifest.model,
         loaded[:-1],
@@ -359,7 +376,16 @@ def load_stages(
         decoding=manifest.decoding,
         schedule=manifest.schedule,
         threads=runtime._threadpool_get_thread_count(),
+        weights=weights,
     )
+
+
+def _with_weights(
+    weights: MappedWeights | None, number: int, run: Callable[[list[Tensor]], Sequence[Tensor]]
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    if weights is None:
+        return run
+    return lambda inputs: weights.run(number, lambda: run(inputs))
 
 
 def _check_interfaces(bundle: Bundle, style: _Style) -> None:
@@ -525,17 +551,23 @@ def _usable_cores() -> int:
 
 
 def _load_method(
-    runtime: Any, bundle: Bundle, stage: Stage
+    runtime: Any, bundle: Bundle, stage: Stage, weights: MappedWeights | None
 ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     path = bundle.path(stage.file)
     data: Path | None = bundle.path(stage.data_file) if stage.data_file else None
     with captured_stderr() as log:
         try:
-            program = runtime._load_program(
-                str(path),
-                program_verification=runtime.Verification.InternalConsistency,
-                data_path=None if data is None else str(data),
-            )
+            check = runtime.Verification.InternalConsistency
+            if weights is None:
+                program = runtime._load_program(
+                    str(path),
+                    program_verification=check,
+                    data_path=None if data is None else str(data),
+                )
+            else:
+                program = runtime._load_program_from_buffer(
+                    weights.program(stage), program_verification=check
+                )
             method = program.load_method(stage.method)
             meta = method.method_meta()
         except RuntimeError as error:
@@ -620,8 +652,10 @@ SESSIONS: dict[str, _Style] = {
 """Who runs which generation style."""
 
 
-def open_session(bundle: Bundle, threads: int | None = None) -> Session:
-    """Load a bundle and begin a session with its own sampler defaults.
+def open_session(
+    bundle: Bundle, threads: int | None = None, *, memory: MemoryOptions | None = None
+) -> Session:
+    """Load a bundle and begin a session with its own sampler defaults; arguments as `load_stages`.
 
     Raises BundleError for a style that this program does not run yet, and what `load_stages`
     raises.
@@ -629,7 +663,7 @@ def open_session(bundle: Bundle, threads: int | None = None) -> Session:
     manifest = bundle.manifest
     style = _style_of(manifest.style, bundle.folder)
     _check_decoding(bundle.folder, manifest.style, manifest.model, manifest.decoding)
-    stages = load_stages(bundle, threads, style)
+    stages = load_stages(bundle, threads, style, memory)
     return style.begin(stages, manifest.sampler, manifest.special_tokens)
 
 

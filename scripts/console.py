@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from quantize.errors import InputError
 
 PLAIN_LINE_EVERY_S = 5.0
 PACE_AFTER_S = 2.0
@@ -134,6 +137,17 @@ def size(count: int | float) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def byte_count(text: str) -> int:
+    """The reverse, for options: `512M`, `1.5GiB`, `2000000`; a unit is a power of 1024.
+
+    Raises InputError for anything else.
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.I)
+    if found is None:
+        raise InputError(f"{text!r} is no number of bytes; give one such as 512M, 2G or 1500000000")
+    return round(float(found[1]) * 1024 ** (" KMGT".index((found[2] or " ").upper())))
 
 
 def number(value: float | None, unit: str, digits: int = 1) -> str:

@@ -16,6 +16,7 @@ from quantize.errors import InputError
 from scripts.console import (
     AsJson,
     Overwrite,
+    byte_count,
     err_console,
     fact_table,
     number,
@@ -28,7 +29,25 @@ from scripts.console import (
 if TYPE_CHECKING:
     from export.bundle import Bundle, Manifest
     from export.generation import GenerationResult
+    from export.mapped_weights import MemoryOptions
     from quantize.recipe import Recipe
+
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Most memory to be resident, the program's own included (512M, 2G): packed weights "
+        "are mapped from a file, and what has no room is read in each pass.",
+    ),
+]
+PackedWeightsFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where packed weights lie between runs (default with a budget: the user's cache); "
+        "without a budget, map them from there, which loads faster.",
+    ),
+]
 
 DEFAULT_NEW_TOKENS = 256
 """As in transformers; less where the context has no room for it."""
@@ -312,6 +331,8 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads (default: the fast cores).")
     ] = None,
+    memory_budget: MemoryBudget = None,
+    packed_weights: PackedWeightsFolder = None,
     live: Annotated[
         bool, typer.Option("--live/--no-live", help="Show the canvas while it is denoised.")
     ] = True,
@@ -319,6 +340,7 @@ def generate(
 ) -> None:
     """Answer a prompt with a bundle, and show how the canvas is denoised."""
     wanted = dict(map(_setting, changes or ()))
+    budget_bytes = None if memory_budget is None else byte_count(memory_budget)
     bundle = _open_bundle(folder)
     from export.tokenizer import open_tokenizer
 
@@ -327,7 +349,8 @@ def generate(
     with reporting("loading the programs"):
         from export.runtime import open_session
 
-        session = open_session(bundle, threads)
+        memory = _memory_options(budget_bytes, packed_weights)
+        session = open_session(bundle, threads, memory=memory)
     settings = session.settings_with(wanted)
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, session.room(len(tokens))) or 1
@@ -351,12 +374,22 @@ def generate(
             on_event=view.on_event if live else None,
         )
     text = tokenizer.decode(result.answer_tokens)
+    weights = None if session.model.weights is None else session.model.weights.report()
     if as_json:
-        print_json(_generation_document(bundle, text, seed, settings, result))
+        document = _generation_document(bundle, text, seed, settings, result)
+        print_json(document if weights is None else document | {"weights": weights})
         return
     console.print(text, style="bold", markup=False, soft_wrap=True)
     console.print()
-    console.print(_generation_table(result))
+    console.print(_generation_table(result, weights))
+
+
+def _memory_options(budget_bytes: int | None, folder: Path | None) -> MemoryOptions | None:
+    from export.mapped_weights import MemoryOptions
+
+    if budget_bytes is None and folder is None:
+        return None
+    return MemoryOptions(budget_bytes, folder)
 
 
 def _setting(text: str) -> tuple[str, float]:
@@ -396,7 +429,7 @@ def _generation_document(
     }
 
 
-def _generation_table(result: GenerationResult) -> Any:
+def _generation_table(result: GenerationResult, weights: dict[str, Any] | None) -> Any:
     counts = ", ".join(str(len(canvas.steps)) for canvas in result.canvases[:8])
     counts += ", …" * (len(result.canvases) > 8)
     ends = {
@@ -415,8 +448,22 @@ def _generation_table(result: GenerationResult) -> Any:
             ("tokens per forward", number(result.tokens_per_forward, "tokens", 2)),
             ("tokens per second", number(result.tokens_per_second, "tokens/s")),
             ("peak memory (RSS)", size(result.peak_rss_bytes)),
+            *([] if weights is None else _weights_rows(weights, result)),
         ]
     )
+
+
+def _weights_rows(weights: dict[str, Any], result: GenerationResult) -> list[tuple[str, str]]:
+    per_token = weights["streamed_bytes"] / result.new_tokens if result.new_tokens else None
+    return [
+        ("memory budget", size(weights["budget_bytes"])),
+        (
+            "packed weights",
+            f"{size(weights['kept_bytes'])} of {size(weights['weights_bytes'])} kept, "
+            f"{size(weights['pass_bytes'])} read in a pass",
+        ),
+        ("weights read per new token", "-" if per_token is None else size(per_token)),
+    ]
 
 
 def evaluate(
@@ -427,6 +474,8 @@ def evaluate(
     puzzles: Annotated[int, typer.Option(min=1, help="Held-out puzzles of each kind.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Chooses puzzles and random numbers.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all).")] = None,
+    memory_budget: MemoryBudget = None,
+    packed_weights: PackedWeightsFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure exact match and denoising loss on held-out puzzles, the same for every model.
@@ -436,11 +485,14 @@ def evaluate(
     from export.evaluation import evaluate as measure
     from quantize.puzzles import held_out
 
+    budget_bytes = None if memory_budget is None else byte_count(memory_budget)
+    memory = _memory_options(budget_bytes, packed_weights)
     tasks = held_out(puzzles, seed)
     document: list[dict[str, Any]] = []
     for subject in subjects:
         with reporting(f"evaluating {subject}") as progress:
-            kind, session, tokenizer = _open_subject(subject, threads)
+            session = None  # one at a time has its weights mapped
+            kind, session, tokenizer = _open_subject(subject, threads, memory)
             tallies = measure(session, tokenizer, tasks, seed=seed, progress=progress)
         rows = [
             asdict(tally) | {"exact_match": tally.exact_match, "interval_95": list(tally.interval)}
@@ -471,7 +523,9 @@ def evaluate(
     out_console().print(table)
 
 
-def _open_subject(folder: Path, threads: int | None) -> tuple[str, Any, Any]:
+def _open_subject(
+    folder: Path, threads: int | None, memory: MemoryOptions | None
+) -> tuple[str, Any, Any]:
     """How it is run, a session and a tokenizer, for a bundle or a checkpoint folder."""
     from export.bundle import MANIFEST_FILE, open_bundle
     from export.tokenizer import TextTokenizer, open_tokenizer, tokenizer_files
@@ -481,7 +535,7 @@ def _open_subject(folder: Path, threads: int | None) -> tuple[str, Any, Any]:
         from export.runtime import open_session
 
         kind = "fp32 bundle" if bundle.manifest.recipe is None else "int4 bundle"
-        return kind, open_session(bundle, threads), open_tokenizer(bundle)
+        return kind, open_session(bundle, threads, memory=memory), open_tokenizer(bundle)
     from export.models import stage_model
     from quantize.checkpoint import open_checkpoint
 

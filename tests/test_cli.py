@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from export.bundle import open_bundle
 from export.runtime import open_session
-from scripts.console import Reporter
+from quantize.errors import InputError
+from scripts.console import Reporter, byte_count
 from scripts.live_canvas import LiveCanvas
 from scripts.pocketdiff import run
 from tests.toy_model import INFO
@@ -492,3 +493,38 @@ def test_the_bar_in_a_terminal_shows_the_time_left(monkeypatch: pytest.MonkeyPat
         reporter(done, 10_000, "a weight")
     reporter.stop()
     assert "27 h 44 min left" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4096", 4096), ("512M", 512 << 20), ("1.5GiB", 3 << 29), ("2 kb", 2048), ("7B", 7)],
+)
+def test_bytes_are_read_with_their_units(text: str, count: int) -> None:
+    assert byte_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "-1", "two", "1 X", "1e9", "1M2"])
+def test_what_is_no_number_of_bytes_is_told(text: str) -> None:
+    with pytest.raises(InputError, match="is no number of bytes; give one such as 512M"):
+        byte_count(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings and /proc are Linux's")
+def test_generate_holds_a_memory_budget_and_says_what_it_took(
+    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = command("generate", "-b", toy_bundle, "-p", "abc", "--no-live", "--json")
+
+    def answer(*more: str) -> dict[str, Any]:
+        assert run([*plain, *more]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    document = answer()
+    memory = ("--packed-weights", tmp_path / "packed", "--memory-budget")
+    within = answer(*command(*memory, "8G"))
+    assert within["tokens"] == document["tokens"] and "weights" not in document
+    assert within["weights"]["budget_bytes"] == 8 << 30
+    assert [stage["name"] for stage in within["weights"]["stages"]] == ["layers", "head"]
+    assert run([*plain, *command(*memory, "1K")]) == 2
+    error = capsys.readouterr().err
+    assert "a memory budget of 1024 bytes is too small" in error and "Traceback" not in error

@@ -44,8 +44,8 @@ class Line:
 class Budget:
     """What is needed and what can be had.
 
-    available_bytes: None if the device does not say. streamed_bytes: what would have to be read
-    from flash in each pass if weights were streamed, 0 where they need not be.
+    available_bytes: None if the device does not say. streamed_bytes: what is read from flash in
+    each pass when weights are streamed, 0 where they need not be.
     """
 
     lines: tuple[Line, ...]
@@ -190,7 +190,7 @@ def _judged(
         verdict = "needs streaming"
         reason = (
             f"{_gb(anonymous)} cannot be dropped, {_gb(available)} can be had: about "
-            f"{_gb(streamed)} of weights would have to be read in each pass, which is not built"
+            f"{_gb(streamed)} of weights have to be read in each pass (--memory-budget, on Linux)"
         )
     else:
         verdict = "refuses"
