@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from export.bundle import Call, Decoding, Experts, ModelInfo, Role, Sampler, SpecialTokens, Style
-from export.weights import Weights
+
+if TYPE_CHECKING:  # it imports torchao: 80 MB that a process which only runs bundles must not have
+    from export.weights import Weights
 
 # What the stages of uniform diffusion take from the loop, and what they must give back.
 LAYERS_INPUTS = ("tokens", "start", "denoise", "signal")

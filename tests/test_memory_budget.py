@@ -399,5 +399,12 @@ def test_what_is_read_most_often_is_kept_first() -> None:
     assert residency.kept[1] > 0 and residency.kept[0] == residency.kept[3] == 0
 
 
+def test_what_runs_a_bundle_imports_nothing_that_only_makes_one() -> None:
+    """torchao and the compiler are 80 MB of every budget, and need not be on a device."""
+    code = "import sys, export.runtime; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert not {"torchao", "executorch.exir"} & set(ran.stdout.decode().split())
+
+
 def test_the_order_of_a_pass_is_that_of_the_schedule(wide: Bundle) -> None:
     assert mapped_weights._order(wide) == (0, 1, 2, 3)
