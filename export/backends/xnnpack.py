@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._sympy.value_ranges import bound_sympy
@@ -49,7 +50,13 @@ def lower_stage(stage: StageModule) -> LoweredStage:
 
     module = stage.load()
     experts = ExpertsApart(module)
-    with _quiet(), _shared_provenance(), _rare_collections(), torch.no_grad():
+    with (
+        _quiet(),
+        _shared_provenance(),
+        _one_search_for_cycles(),
+        _rare_collections(),
+        torch.no_grad(),
+    ):
         # Cloned: one tensor given for two inputs would be traced as one input used twice.
         inputs = tuple(tensor.clone() for tensor in stage.example_inputs)
         with experts.hidden():
@@ -221,6 +228,24 @@ def _shared_provenance() -> Iterator[None]:
         yield
     finally:
         del NodeSource.__deepcopy__
+
+
+@contextmanager
+def _one_search_for_cycles() -> Iterator[None]:
+    """Let the partitioner search for cycles once, not twice, whenever it joins two partitions.
+
+    Its own search goes through all that lies behind each user of the two, which takes half of the
+    lowering time of a layer of 128 experts; then it has `validate_partition` walk the graph, which
+    finds every cycle, and alone decides here.
+    """
+    from executorch.exir.backend.canonical_partitioners.group_partitioner import _DependencyViewer
+
+    with mock.patch.multiple(
+        _DependencyViewer,
+        __init__=lambda self, graph_module: None,
+        downstreams_of=lambda self, node: (),
+    ):
+        yield
 
 
 @contextmanager
