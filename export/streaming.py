@@ -112,10 +112,10 @@ class WeightStreamer:
     """Runs stages within `budget_bytes` of resident memory, this process's own included.
 
     order: the stages of a pass, by number; a pass may end before its last stage. rest: what else is
-    mapped of their files, of which no more is read than what is used. What the budget
-    leaves for weights is known only when a pass has shown what else takes memory, so the first one
-    keeps nothing. Raises InputError if the budget cannot be held: when this is made, and between
-    passes if the process has grown.
+    mapped of their files, of which no more is read than what is used. What the budget leaves for
+    weights is known only when every stage has shown what else takes memory; until then nothing is
+    kept. Raises InputError if the budget cannot be held: when this is made, and between passes if
+    the process has grown.
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class WeightStreamer:
         self._pages.advise(rest, _MADV_RANDOM)
         self._pages.advise(regions, _MADV_NORMAL)
         self.residency = leanest_residency(self._sizes, self._order)
+        self._not_run = set(order)
         self._is_planned = False
         self._other_file = resident_bytes("RssFile")
         self._other = self._measure()
@@ -172,6 +173,7 @@ class WeightStreamer:
             self._let_go_of(self._held - {stage, ahead})
             if ahead not in self._held:
                 self._begin(ahead)
+        self._not_run.discard(stage)
         self.streamed.stages += 1
 
     def _begin(self, stage: int) -> None:
@@ -203,7 +205,7 @@ class WeightStreamer:
     def _settle(self) -> None:
         """Between passes: plan if that was not done, or memory of other kinds has grown since."""
         other = self._measure()
-        if self._is_planned and other <= self._other + _GROWTH_BYTES:
+        if self._not_run or (self._is_planned and other <= self._other + _GROWTH_BYTES):
             return
         self._is_planned = True
         self._other = max(self._other, other)

@@ -13,11 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.memory_cgroup import CannotLimit, memory_group
 from export import mapped_weights, packed_file, xnnpack_weights
 from export.bundle import Bundle, open_bundle
 from export.mapped_bytes import MappedBytes
@@ -62,7 +63,7 @@ def tokens_of(bundle: Bundle, memory: MemoryOptions | None) -> list[int]:
 
 MORE = 12 << 20
 """Bytes of budget above what the refusal of a budget of nothing asks for, which is one stage's
-weights: the backend's workspace is in them. With all it is less than the three stages take."""
+weights: the backend's workspace is in them. With all it is half of what the stages take."""
 
 ANSWER = """
 import json, sys
@@ -85,12 +86,15 @@ print(json.dumps({"tokens": tokens, "report": session.model.weights.report(),
 """
 
 
-def begin(bundle: Bundle, folder: Path) -> subprocess.Popen[bytes]:
-    """A process that answers within a budget."""
+def begin(
+    bundle: Bundle, folder: Path, enter: Callable[[], None] | None = None
+) -> subprocess.Popen[bytes]:
+    """A process that answers within a budget; `enter` is called in it before it begins."""
     arguments = (bundle.folder, folder, MORE, json.dumps(PROMPT), NEW_TOKENS)
     return subprocess.Popen(
         [sys.executable, "-c", ANSWER, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=enter,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -114,8 +118,44 @@ def test_a_budget_gives_the_same_tokens_in_no_more_memory(
     assert report["pass_bytes"] > 0
     assert report["streamed_bytes"] >= (NEW_TOKENS - 1) * report["pass_bytes"]
     assert [stage["name"] for stage in report["stages"]] == [*LAYERS, "head"]
-    assert all(stage["bytes"] >= STAGE_BYTES for stage in report["stages"][:3])
+    assert all(stage["bytes"] >= STAGE_BYTES for stage in report["stages"][:-1])
     assert report["kept_bytes"] + report["window_bytes"] < report["weights_bytes"]
+
+
+PLAIN_ANSWER = """
+import json, sys
+from export.bundle import open_bundle
+from export.runtime import open_session
+session = open_session(open_bundle(sys.argv[1], verify=False), 1)
+print(list(session.generate(json.loads(sys.argv[2]), int(sys.argv[3])).tokens))
+"""
+
+
+def test_a_hard_limit_that_kills_a_plain_run_is_held_with_a_budget(
+    wide: Bundle, packed: Path, expected: list[int]
+) -> None:
+    """The limit is 2 MiB above what a run with a budget took, which holds half the weights."""
+    plain = [sys.executable, "-c", PLAIN_ANSWER, str(wide.folder), str(PROMPT), str(NEW_TOKENS)]
+    try:
+        with memory_group(1 << 30) as group:
+            assert answer_of(begin(wide, packed, group.enter))["tokens"] == expected
+            limit = group.peak_bytes + (2 << 20)
+    except CannotLimit as error:
+        pytest.skip(str(error))
+    with memory_group(limit) as group:
+        assert answer_of(begin(wide, packed, group.enter))["tokens"] == expected
+    for limit_bytes, code in ((1 << 30, 0), (limit, -signal.SIGKILL)):
+        with memory_group(limit_bytes) as group:
+            ran = subprocess.run(
+                plain,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                preexec_fn=group.enter,
+                capture_output=True,
+                check=False,
+            )
+        assert ran.returncode == code
+        if code == 0:
+            assert json.loads(ran.stdout) == expected
 
 
 def test_packed_weights_without_a_budget_give_the_same_tokens(
@@ -407,4 +447,4 @@ def test_what_runs_a_bundle_imports_nothing_that_only_makes_one() -> None:
 
 
 def test_the_order_of_a_pass_is_that_of_the_schedule(wide: Bundle) -> None:
-    assert mapped_weights._order(wide) == (0, 1, 2, 3)
+    assert mapped_weights._order(wide) == (0, 1, 2, 3, 4, 5)

@@ -1,4 +1,4 @@
-"""A random autoregressive model cut into three stages whose weights outweigh all else, for XNNPACK.
+"""A random autoregressive model cut into stages whose weights outweigh all else, for XNNPACK.
 
 Its text depends on every weight: each stage is a wide tanh MLP over the rows. No attention and no
 cache, so that lowering takes seconds.
@@ -18,7 +18,7 @@ from tests.tiny_decoder import lowered_bundle
 
 VOCABULARY, HIDDEN, WIDE, PREFILL, CONTEXT = 64, 256, 4096, 8, 64
 STAGE_BYTES = 2 * HIDDEN * WIDE * 4
-LAYERS = ("first", "second", "third")
+LAYERS = ("first", "second", "third", "fourth", "fifth")
 PROMPT = [3, 17, 9, 33, 5]
 
 
