@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from export.bundle import open_bundle
+from export.plan.families import read_shape
 from export.plan.presets import read_config
 from quantize.checkpoint import RECIPE_FILE
 
@@ -140,12 +141,19 @@ def _quantized(folder: Path) -> dict[str, Any]:
 
 
 def _exported(folder: Path) -> dict[str, Any]:
-    """Bytes of each program of a bundle."""
+    """Bytes of each program of a bundle, and how long after the one before it was written.
+
+    The first, whose beginning no file tells, is left out of the times.
+    """
     bundle = open_bundle(folder, verify=False)
+    stages = bundle.manifest.stages
+    written = [(folder / stage.file).stat().st_mtime for stage in stages]
     return {
-        "bytes_by_stage": {
-            stage.name: bundle.files[stage.file].bytes for stage in bundle.manifest.stages
-        }
+        "bytes_by_stage": {stage.name: bundle.files[stage.file].bytes for stage in stages},
+        "seconds_by_stage": {
+            stage.name: round(after - before, 1)
+            for stage, before, after in zip(stages[1:], written, written[1:], strict=False)
+        },
     }
 
 
@@ -178,12 +186,14 @@ def _report(arguments: argparse.Namespace, work: Path) -> None:
             )
         if "bytes_by_stage" in record:
             for name, size in record["bytes_by_stage"].items():
-                console.print(f"{name:12} {size / 1e6:9.1f} MB")
+                seconds = record["seconds_by_stage"].get(name)
+                took = "" if seconds is None else f"{seconds:9.1f} s"
+                console.print(f"{name:12} {size / 1e6:9.1f} MB {took}")
     conditions = {
         "model": arguments.model,
         "recipe": arguments.recipe,
         "layers": arguments.layers
-        or read_config(arguments.model).get("text_config", {}).get("num_hidden_layers"),
+        or read_shape(read_config(arguments.model)[1]).num_layers,
         "context": arguments.context,
         "cores": os.cpu_count(),
         "executorch": version("executorch"),

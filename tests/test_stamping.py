@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         16,
         num_hidden_layers=2,
         layer_types=["full_attention", "full_attention"],
-        num_experts=3,
+        num_experts=2,
         moe_intermediate_size=64,
     )
     hf_reference.save(hf_reference.random_model(config, seed=5), root / "fp32")

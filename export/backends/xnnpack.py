@@ -63,6 +63,11 @@ def lower_stage(stage: StageModule) -> LoweredStage:
             exported = torch.export.export(
                 module, inputs, dynamic_shapes=_dynamic_shapes(stage), strict=False
             )
+        outputs, expected = _outputs(exported), _dynamically_quantized(module)
+        # Tracing left copies of the weights in cycles of references, and neither these nor the
+        # module are needed any more: they would be a third of the memory at its peak.
+        del module
+        gc.collect()
         # The plain partitioner takes dynamically quantized linears, too. With the one made for
         # them in front, each linear becomes a delegate of its own (seven times as many), and the
         # head's chunks become one delegate that holds a whole canvas of logits.
@@ -74,7 +79,9 @@ def lower_stage(stage: StageModule) -> LoweredStage:
         )
         experts.insert(edge)
         delegated = _delegated_operators(edge.exported_program().graph_module)
-        _check_linears(stage.name, module, delegated[QUANTIZED_LINEAR])
+        _check_linears(stage.name, expected, delegated[QUANTIZED_LINEAR])
+        del exported
+        gc.collect()
         program = edge.to_executorch(
             ExecutorchBackendConfig(
                 # Keeps the KV cache's writes in place. Numerically wrong on temporaries, so every
@@ -95,7 +102,7 @@ def lower_stage(stage: StageModule) -> LoweredStage:
 
     return LoweredStage(
         write=write,
-        outputs=_outputs(exported),
+        outputs=outputs,
         delegation=Delegation(delegates, dict(delegated), dict(portable)),
     )
 
@@ -144,8 +151,7 @@ def _instructions(plan: Any) -> tuple[int, Counter[str]]:
     return delegates, portable
 
 
-def _check_linears(stage: str, module: torch.nn.Module, found: int) -> None:
-    expected = sum(_is_dynamically_quantized(p) for p in module.parameters())
+def _check_linears(stage: str, expected: int, found: int) -> None:
     if found != expected:
         raise LoweringError(
             f"stage {stage}: {found} of {expected} quantized linears reached XNNPACK as "
@@ -192,8 +198,12 @@ def _outputs(exported: torch.export.ExportedProgram) -> tuple[Output, ...]:
     return tuple(found)
 
 
-def _is_dynamically_quantized(weight: torch.Tensor) -> bool:
-    return getattr(weight, "activation_quantization", None) is not None
+def _dynamically_quantized(module: torch.nn.Module) -> int:
+    """How many weights are multiplied by activations that are quantized as they come."""
+    return sum(
+        getattr(weight, "activation_quantization", None) is not None
+        for weight in module.parameters()
+    )
 
 
 def _check_portable(stage: StageModule, portable: Counter[str]) -> None:
