@@ -30,6 +30,7 @@ from export.bundle import (
     resumable_bundle,
 )
 from export.models import stage_model
+from export.process import return_large_blocks
 from export.staging import StagedModel, StageModule
 from export.tokenizer import TextTokenizer, TokenizerFiles, tokenizer_files
 from quantize.checkpoint import open_checkpoint
@@ -73,6 +74,7 @@ def export_bundle(
             that did not reach the backend, a full disk.
     """
     check_backend(backend)
+    return_large_blocks()
     checkpoint = open_checkpoint(source)
     tokenizer = tokenizer_files(checkpoint.folder)
     work = _work(

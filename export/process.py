@@ -30,6 +30,7 @@ def peak_rss_bytes() -> int:
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 def die_with_parent() -> None:
@@ -78,3 +79,15 @@ def captured_stderr() -> Iterator[CapturedText]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+def return_large_blocks() -> None:
+    """Have glibc give blocks of a mebibyte and more back to the system when they are freed.
+
+    It raises that limit to 32 MiB by itself, and then keeps tens of megabytes between what stays:
+    lowering a vocabulary head of 262,144 x 2816 took up to 9.2 GiB so. Of this process, from now
+    on; elsewhere it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
