@@ -53,9 +53,8 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     # The first answer warms up: the division of the weights is made in it.
     session.generate(prompt, new_tokens, 0, force_steps=min(steps, 2))
     session = type(session)(session.model, session.special_tokens, session.settings)
-    before, read_before = session.model.weights.report(), _storage_bytes()
+    before = session.model.weights.report()
     result = session.generate(prompt, new_tokens, 1, force_steps=steps)
-    report = session.model.weights.report()
     return {
         "tokens": list(result.tokens),
         "load_ms": load_ms,
@@ -63,23 +62,8 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "total_ms": result.total_ms,
         "new_tokens": result.new_tokens,
         "peak_rss_bytes": peak_rss_bytes(),
-        "storage_bytes": _storage_bytes() - read_before,
-        "weights": report,
-        "streamed_bytes": None
-        if report is None
-        else report["streamed_bytes"] - before["streamed_bytes"],
-        "stall_ms": None
-        if report is None
-        else report["streamed_stall_ms"] - before["streamed_stall_ms"],
+        "weights": session.model.weights.report(since=before),
     }
-
-
-def _storage_bytes() -> int:
-    """What this process has had read from storage (read_bytes of /proc/self/io)."""
-    for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    return 0
 
 
 def read_rates(path: Path) -> dict[str, float]:
@@ -144,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio": within["step_ms"] / bound_ms,
         "group_peak_bytes": peak,
         "group_at_limit": at_limit,
-        "streamed_bytes_per_token": within["streamed_bytes"] / within["new_tokens"],
+        "storage_bytes_per_token": within["weights"]["storage_bytes"] / within["new_tokens"],
         "resident": {k: v for k, v in resident.items() if k != "tokens"},
         "within": {k: v for k, v in within.items() if k != "tokens"},
     }
@@ -174,9 +158,9 @@ def tell(found: dict[str, Any]) -> None:
         ("a step: computing", f"{found['compute_ms']:,.1f} ms"),
         ("a step: both", f"{found['bound_ms']:,.1f} ms"),
         ("a step: measured", f"{found['step_ms']:,.1f} ms, {found['ratio']:.2f} times that"),
-        ("weights read, all passes by new tokens", size(found["streamed_bytes_per_token"])),
+        ("read from storage by new tokens", size(found["storage_bytes_per_token"])),
         ("read from storage (/proc/self/io)",
-         f"{size(within['storage_bytes'])} of {size(within['streamed_bytes'])} streamed"),
+         f"{size(weights['storage_bytes'])} of {size(weights['streamed_bytes'])} streamed"),
     ]  # fmt: skip
     for name, value in rows:
         print(f"{name:40} {value}")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +26,7 @@ from device_tests import conditions, records, remote_run, sensors
 from device_tests.deploy import Deployment
 from device_tests.device_lock import DeviceLock
 from device_tests.errors import CommandTimeout, DeviceBusy, DeviceGone, ProtocolError, StorageFull
+from device_tests.inventory import PACKED_FOLDER
 from device_tests.records import PASSES, Pass, Reason, Record
 from device_tests.remote_run import Failure, Interrupted, Runner, RunOutcome, Sample, patiently
 from device_tests.remote_shell import run_checked
@@ -75,6 +76,7 @@ class BenchPlan:
     an autoregressive model go on behind its end token. max_temperature_c: a
     run begins only under it; after `gate_timeout_s` of waiting it is recorded as failed. hang_s:
     a run is killed after so long without an event. gone_s: how long a lost device is waited for.
+    memory_budget_bytes: most memory that a run may have resident; weights are streamed to hold it.
     Raises InputError for a value out of range.
     """
 
@@ -96,6 +98,7 @@ class BenchPlan:
     gone_s: float = 60.0
     memory_interval_ms: int = 50
     memory_limit_bytes: int | None = None
+    memory_budget_bytes: int | None = None
     puzzles: int | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class BenchPlan:
         _whole("memory_interval_ms", self.memory_interval_ms, 1, 60_000)
         if self.memory_limit_bytes is not None:
             _whole("memory_limit_bytes", self.memory_limit_bytes, 1, 2**60)
+        if self.memory_budget_bytes is not None:
+            _whole("memory_budget_bytes", self.memory_budget_bytes, 1, 2**60)
         _real("max_temperature_c", self.max_temperature_c, 0, 120)
         _real("gate_timeout_s", self.gate_timeout_s, 0, 86_400)
         _real("hang_s", self.hang_s, 0.1, 86_400)
@@ -336,7 +341,12 @@ def workload(plan: BenchPlan, name: Pass, manifest: Manifest) -> dict[str, Any]:
         "warmup_steps": 0 if name == "cold" else plan.warmup_steps,
         "memory_interval_ms": plan.memory_interval_ms if name == "memory" else None,
         "memory_limit_bytes": plan.memory_limit_bytes,
-    }
+    } | (
+        # Only where there is one: runs from before there were budgets had none.
+        {}
+        if plan.memory_budget_bytes is None
+        else {"memory_budget_bytes": plan.memory_budget_bytes}
+    )
 
 
 def random_prompt(manifest: Manifest, count: int, seed: int) -> tuple[int, ...]:
@@ -583,6 +593,7 @@ class _Bench:
         work = self.workloads[run.pass_]
         count, text = work["prompt_tokens"], work["prompt_text"]
         is_puzzles = run.pass_ == "puzzles"
+        budget_bytes = work.get("memory_budget_bytes")
         return RunRequest(
             run_id=run_id,
             bundle=self.deployment.remote_folder,
@@ -601,6 +612,8 @@ class _Bench:
             settings=work["settings"],
             memory_interval_ms=work["memory_interval_ms"],
             memory_limit_bytes=work["memory_limit_bytes"],
+            memory_budget_bytes=budget_bytes,
+            packed_weights=None if budget_bytes is None else packed_folder(self.deployment),
         )
 
     def _kill(self, run_id: str) -> None:
@@ -657,6 +670,11 @@ class _Bench:
 
     def _eta_s(self, left: int) -> float | None:
         return left * statistics.fmean(self._took_s) if self._took_s else None
+
+
+def packed_folder(deployment: Deployment) -> str:
+    """Where the packed weights of a deployed bundle lie: beside the folder of all bundles."""
+    return f"{PurePosixPath(deployment.remote_folder).parents[1]}/{PACKED_FOLDER}"
 
 
 def recipe_name(manifest: Manifest) -> str | None:

@@ -32,7 +32,7 @@ MAY_VARY = frozenset({"charging", "clocks"})
 """Conditions that a device changes by itself: they do not split a configuration, they are named."""
 
 _SYSTEM = frozenset({"build", "kernel", "android_sdk"})
-_OF_EVERY_PASS = ("seed", "settings", "memory_limit_bytes")
+_OF_EVERY_PASS = ("seed", "settings", "memory_limit_bytes", "memory_budget_bytes")
 _REFERENCE = ("speed", "warm_up", "memory", "cold", "natural", "puzzles")
 """Passes in the order in which one stands for the workload of its configuration."""
 

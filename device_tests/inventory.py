@@ -28,6 +28,10 @@ _BUNDLE_ID = re.compile(r"[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STAGED_FOLDER = re.compile(r"([0-9a-f]{16})\.dir")
 _STAGED_FILE = re.compile(r"[0-9a-f]{64}\.[a-z0-9._-]+")
+PACKED_FOLDER = "packed"
+"""The folder of packed weights, which runs with a memory budget leave, below the root."""
+
+_PACKED = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.[a-z-]+")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -61,6 +65,11 @@ class Layout:
     def runs(self) -> str:
         """Requests, events and results of runs."""
         return f"{self.root}/runs"
+
+    @property
+    def packed(self) -> str:
+        """Packed weights of bundles."""
+        return f"{self.root}/{PACKED_FOLDER}"
 
     def bundle(self, bundle_id: str) -> str:
         """The folder of a whole bundle."""
@@ -179,6 +188,8 @@ def clean(
 ) -> Cleaned:
     """Remove one bundle, or all bundles, runs, unfinished pushes and a stale lock; nothing else.
 
+    With a bundle go its packed weights.
+
     What is under `root` and has none of our names stays. holder: says who holds the device, by
     default `device_lock.holder`. Raises DeviceBusy while a benchmark holds it, unless `force`;
     InputError for an id that is none or that the device does not have, or a `root` that cannot be.
@@ -198,9 +209,14 @@ def clean(
             "by force"
         )
     bundles, staged, runs = _ours(run, layout, bundle_id)
+    packed = [
+        f"{layout.packed}/{name}"
+        for name in remote_files.names(run, layout.packed)
+        if (found := _PACKED.fullmatch(name)) and bundle_id in (None, found[1])
+    ]
     if bundle_id is not None and not bundles + staged:
         raise InputError(f"the device {transport.serial} has no bundle {bundle_id}")
-    paths = bundles + staged + runs
+    paths = bundles + staged + runs + packed
     occupied = remote_files.occupied_bytes(run, paths)
     # In this order: a bundle that is half removed must not look like one that can be run.
     for bundle in bundles:
@@ -242,7 +258,7 @@ def _refuse_link(transport: Transport, root: str) -> None:
 
 def _remove_rest(run: Run, layout: Layout) -> None:
     """Remove the lock, and our folders (or links in their places) if nothing foreign is in them."""
-    for folder in (layout.bundles, layout.staging, layout.runs):
+    for folder in (layout.bundles, layout.staging, layout.runs, layout.packed):
         path = quote(folder)
         run(f"if [ -L {path} ]; then rm -f {path}; else rmdir {path} 2>/dev/null; fi; true", 30.0)
     # The lock is stale here, or its owner has just lost its bundle by force.

@@ -308,6 +308,20 @@ def _memory_field(name: str) -> Callable[[Record], float | None]:
     return lambda record: _number(_mapping(_result(record).get("memory")).get(name))
 
 
+def _weights_field(name: str) -> Callable[[Record], float | None]:
+    return lambda record: _number(_mapping(_result(record).get("weights")).get(name))
+
+
+def _storage_per_token(record: Record) -> float | None:
+    read = _weights_field("storage_bytes")(record)
+    return _ratio(read, _number(_result(record).get("new_tokens")))
+
+
+def _stalled(record: Record) -> float | None:
+    stalled = _weights_field("streamed_stall_ms")(record)
+    return _ratio(stalled, _number(_result(record).get("total_ms")))
+
+
 def _largest(name: str) -> Callable[[Record], float | None]:
     def compute_largest(record: Record) -> float | None:
         found = [_number(sample.get(name)) for sample in memory_samples(record)]
@@ -611,6 +625,27 @@ METRICS: tuple[Metric, ...] = (
         "major_faults_cold", "faults", "Major page faults, cold", "Memory",
         "the same in the cold pass",
         "lower", _COLD, _memory_field("major_faults"),
+    ),
+    Metric(
+        "kept_weights_bytes", "bytes", "Weights kept in memory", "Memory",
+        "result.weights.kept_bytes: of the packed weights, within the memory budget",
+        "none", _SPEED, _weights_field("kept_bytes"),
+    ),
+    Metric(
+        "streamed_pass_bytes", "bytes", "Weights read in a pass", "Memory",
+        "result.weights.pass_bytes: what each pass reads because the budget has no room for it",
+        "lower", _SPEED, _weights_field("pass_bytes"),
+    ),
+    Metric(
+        "storage_bytes_per_token", "bytes", "Read from storage per token", "Memory",
+        "result.weights.storage_bytes / result.new_tokens: what the process had read from storage "
+        "while it generated (read_bytes of /proc/self/io), with a memory budget",
+        "lower", _NATURAL, _storage_per_token,
+    ),
+    Metric(
+        "streaming_stall", "share", "Time waiting for weights", "Memory",
+        "result.weights.streamed_stall_ms / result.total_ms",
+        "lower", _SPEED, _stalled,
     ),
     Metric(
         "hottest_before_c", "°C", "Hottest sensor before", "Temperature and power",

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from quantize.errors import OutputError, UserError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """2 has the pass `puzzles`, 3 the load average; files of versions 1 and 2 are read too."""
 MAXIMUM_LINE_BYTES = 256 * 2**20
 

@@ -7,7 +7,7 @@ the programs is `runtime`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from export import pack_weights
 from export.bundle import Bundle, Stage
 from export.mapped_bytes import MappedBytes
 from export.packed_file import PackedFile, Packing, default_folder
-from export.process import resident_bytes
+from export.process import resident_bytes, storage_read_bytes
 from export.program_file import read_program_layout, read_program_memory
 from export.residency import leanest_residency
 from export.streaming import (
@@ -88,13 +88,21 @@ class MappedWeights:
         """Run stage number `stage` of the manifest."""
         return compute() if self.streamer is None else self.streamer.run(stage, compute)
 
-    def report(self) -> dict[str, Any] | None:
-        """What is kept and what was streamed so far, bytes and ms; None without a budget.
+    def report(self, since: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """What is kept and what was streamed, bytes and ms; None without a budget.
 
-        As docs/runner.md has it: `stages` have their weights' bytes and how many are kept.
+        since: an earlier report, from which on is counted; None: from the beginning. The fields are
+        those of `weights` in docs/runner.md.
         """
         if self.streamer is None:
             return None
+        counts: dict[str, float | None] = {
+            f"streamed_{name}": value for name, value in asdict(self.streamer.streamed).items()
+        }
+        counts["storage_bytes"] = storage_read_bytes()
+        for name, now in counts.items():
+            if since is not None and now is not None and since[name] is not None:
+                counts[name] = now - since[name]
         residency = self.streamer.residency
         return {
             "budget_bytes": self.budget_bytes,
@@ -103,7 +111,7 @@ class MappedWeights:
             "kept_bytes": sum(residency.kept),
             "window_bytes": residency.window_bytes,
             "pass_bytes": residency.streamed_bytes,
-            **{f"streamed_{name}": value for name, value in asdict(self.streamer.streamed).items()},
+            **counts,
             "stages": [
                 {"name": stage.name, "bytes": size, "kept_bytes": kept}
                 for stage, size, kept in zip(
@@ -156,6 +164,20 @@ def loading(bundle: Bundle, options: MemoryOptions) -> Iterator[MappedWeights]:
         packing = file.packing(verify=bundle.verified) or pack_weights.make(bundle, file, lock)
         with PackedWeights(file.path).loading():
             yield MappedWeights(bundle, options, file, packing)
+
+
+def prepare(bundle: Bundle, options: MemoryOptions) -> Path:
+    """Pack the weights if that has not been done, so that loading need not; returns their file.
+
+    Raises what `loading` raises.
+    """
+    if options.budget_bytes is not None:
+        check_budget(bundle, options.budget_bytes)
+    file = PackedFile(bundle, options.folder or default_folder())
+    with file.locked() as lock:
+        if file.packing(verify=bundle.verified) is None:
+            pack_weights.make(bundle, file, lock)
+    return file.path
 
 
 def check_budget(bundle: Bundle, budget_bytes: int) -> None:

@@ -7,6 +7,7 @@ then none of its own memory.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -98,7 +99,8 @@ def pack(bundle: Bundle, destination: Path) -> Packing:
     spans: dict[str, Span] = {}
     entries: dict[bytes, Entry] = {}
     part = destination.with_suffix(".stage")
-    with destination.open("wb") as output:
+    private = functools.partial(os.open, mode=0o600)
+    with open(destination, "wb", opener=private) as output:
 
         def put(content: bytes) -> None:
             output.write(content)

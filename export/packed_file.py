@@ -149,7 +149,7 @@ class PackedFile:
             "processor": processor(),
         }
         told = json.dumps(self._identity, sort_keys=True).encode()
-        name = hashlib.sha256(told).hexdigest()[:32]
+        name = f"{self._identity['bundle_sha256'][:16]}-{hashlib.sha256(told).hexdigest()[:16]}"
         self.folder = folder
         self.path = folder / f"{name}.packed"
         self._seal = folder / f"{name}.json"

@@ -48,6 +48,7 @@ from quantize.errors import BundleError, InputError, UserError
 if TYPE_CHECKING:
     from export.bundle import Bundle
     from export.generation import Event, GenerationResult, Session
+    from export.mapped_weights import MemoryOptions
     from export.tokenizer import TextTokenizer
 
 RUNNER = "linux"
@@ -170,10 +171,14 @@ class _Run:
         self.import_libraries()
         self.load(request, bundle)
         self.warm_up(request, prompts[0])
+        weights = self.session.model.weights
+        before = None if weights is None else weights.report()
         if request.prompts is None:
             self.generate(request, prompts[0])
         else:
             self.answer_all(request, prompts)
+        if weights is not None:
+            self.result["weights"] = weights.report(since=before)
 
     def begin(self, request_file: Path) -> RunRequest:
         request: RunRequest | RunnerProtocolError
@@ -261,7 +266,14 @@ class _Run:
         from export.runtime import open_session
 
         self.stop_if_cancelled()
+        memory = _memory_options(request)
         files = [bundle.folder / MANIFEST_FILE, *(bundle.path(name) for name in bundle.files)]
+        if memory is not None:
+            from export.mapped_weights import prepare
+
+            with self.timed("pack_ms"):
+                files.append(prepare(bundle, memory))
+            self.stop_if_cancelled()
         cold: dict[str, Any] = {
             "requested": request.cold,
             "method": None,
@@ -272,7 +284,8 @@ class _Run:
             page_cache.drop(files)
             cold |= {"method": "fadvise", "resident_after": page_cache.resident_share(files)}
         with self.timed("load_ms"):
-            self.session = open_session(open_bundle(request.bundle, verify=False), request.threads)
+            opened = open_bundle(request.bundle, verify=False)
+            self.session = open_session(opened, request.threads, memory=memory)
         sample = memory_sampler.sample()
         self.result |= {"cold": cold, "threads": self.session.model.threads}
         self.result["memory"]["after_load"] = sample
@@ -540,10 +553,21 @@ def _empty_result() -> dict[str, Any]:
         **dict.fromkeys(_OF_GENERATION),
         "canvases": None,
         "text": None,
+        "pack_ms": None,
+        "weights": None,
         "memory": {
             "peak_rss_bytes": None, "after_load": None, "at_end": None, "major_faults": None,
         },
     }  # fmt: skip
+
+
+def _memory_options(request: RunRequest) -> MemoryOptions | None:
+    from export.mapped_weights import MemoryOptions
+
+    if request.memory_budget_bytes is None and request.packed_weights is None:
+        return None
+    folder = None if request.packed_weights is None else Path(request.packed_weights)
+    return MemoryOptions(request.memory_budget_bytes, folder)
 
 
 def _process_began_s() -> float:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from quantize.errors import DeviceError
 
-PROTOCOL = 2
-"""The newest version spoken here: 2 has requests of several prompts."""
+PROTOCOL = 3
+"""The newest version spoken here: 2 has requests of several prompts, 3 a memory budget."""
 
-PROTOCOLS = (1, 2)
+PROTOCOLS = (1, 2, 3)
 """Every version spoken here: a request has the oldest that can say it, what it leaves the same."""
 
 REQUEST_FILE = "request.json"
@@ -59,6 +59,8 @@ FailureReason = Literal[
     "bundle_refused", "out_of_memory", "input", "storage_full", "cancelled", "internal"
 ]
 
+_OF_VERSION_3 = ("memory_budget_bytes", "packed_weights")
+
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAXIMUM_QUOTE = 200
 
@@ -91,10 +93,14 @@ class RunRequest:
     settings: Mapping[str, float] | None = None
     memory_interval_ms: int | None = None
     memory_limit_bytes: int | None = None
+    memory_budget_bytes: int | None = None
+    packed_weights: str | None = None
 
     @property
     def protocol(self) -> int:
         """The oldest version that can say this."""
+        if any(getattr(self, name) is not None for name in _OF_VERSION_3):
+            return 3
         return 1 if self.prompts is None else 2
 
     def to_json(self) -> dict[str, Any]:
@@ -114,6 +120,9 @@ class RunRequest:
             document["prompt"] = {"text": text} if tokens is None else {"tokens": list(tokens)}
         if self.settings is not None:
             document["settings"] = dict(self.settings)
+        if self.protocol < 3:
+            for name in _OF_VERSION_3:
+                del document[name]
         _check("request", document, "the request")
         return document
 

@@ -144,7 +144,7 @@ class WeightStreamer:
         self.residency = leanest_residency(self._sizes, self._order)
         self._not_run = set(order)
         self._is_planned = False
-        self._other_file = resident_bytes("RssFile")
+        self._other_mapped = _mapped_bytes()
         self._other = self._measure()
         if self.residency.resident_bytes > self._room():
             raise refusal(budget_bytes, self._other, self.residency.resident_bytes)
@@ -228,8 +228,12 @@ class WeightStreamer:
         kept = self.residency.kept
         weights = sum(kept[stage] for stage in self._ready)
         weights += sum(self._sizes[stage] - kept[stage] for stage in self._held)
-        file = max(self._other_file, resident_bytes("RssFile") - weights)
-        return resident_bytes("RssAnon") + resident_bytes("RssShmem") + file
+        return resident_bytes("RssAnon") + max(self._other_mapped, _mapped_bytes() - weights)
+
+
+def _mapped_bytes() -> int:
+    """Resident of files, those of file systems in memory too."""
+    return resident_bytes("RssFile") + resident_bytes("RssShmem")
 
 
 def refusal(budget_bytes: int, other_bytes: int, weights_bytes: int) -> InputError:

@@ -17,6 +17,7 @@ from quantize.errors import DeviceError, InputError, OutputError
 from scripts.console import (
     AsJson,
     Overwrite,
+    byte_count,
     err_console,
     fact_table,
     out_console,
@@ -198,6 +199,14 @@ def bench(
         float | None,
         typer.Option(metavar="MIB", help="Address space that a run may take (default: any)."),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Most memory that a run may have resident (512M, 2G); weights that have no room "
+            "are read in each pass (default: any).",
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report as one page with plots.")
     ] = None,
@@ -231,6 +240,7 @@ def bench(
         hang_s=hang,
         poll_s=poll,
         memory_limit_bytes=None if memory_limit is None else round(memory_limit * 2**20),
+        memory_budget_bytes=None if memory_budget is None else byte_count(memory_budget),
     )
     _check_target(html, overwrite)
     if results.exists() and not resume and records.read(results):

@@ -365,6 +365,8 @@ def generate(
         view = LiveCanvas(console, tokenizer.token_texts, padding)
     else:
         view = PlainSteps(err_console())
+    mapped = session.model.weights
+    before = None if mapped is None else mapped.report()
     with view:
         result = session.generate(
             tokens,
@@ -374,7 +376,7 @@ def generate(
             on_event=view.on_event if live else None,
         )
     text = tokenizer.decode(result.answer_tokens)
-    weights = None if session.model.weights is None else session.model.weights.report()
+    weights = None if mapped is None else mapped.report(since=before)
     if as_json:
         document = _generation_document(bundle, text, seed, settings, result)
         print_json(document if weights is None else document | {"weights": weights})
@@ -454,7 +456,8 @@ def _generation_table(result: GenerationResult, weights: dict[str, Any] | None) 
 
 
 def _weights_rows(weights: dict[str, Any], result: GenerationResult) -> list[tuple[str, str]]:
-    per_token = weights["streamed_bytes"] / result.new_tokens if result.new_tokens else None
+    read = weights["storage_bytes"]
+    per_token = None if read is None or not result.new_tokens else read / result.new_tokens
     return [
         ("memory budget", size(weights["budget_bytes"])),
         (
@@ -462,7 +465,7 @@ def _weights_rows(weights: dict[str, Any], result: GenerationResult) -> list[tup
             f"{size(weights['kept_bytes'])} of {size(weights['weights_bytes'])} kept, "
             f"{size(weights['pass_bytes'])} read in a pass",
         ),
-        ("weights read per new token", "-" if per_token is None else size(per_token)),
+        ("read from storage per new token", "-" if per_token is None else size(per_token)),
     ]
 
 

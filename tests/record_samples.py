@@ -211,6 +211,7 @@ def _conditions(
             "warmup_steps": 0 if pass_ == "cold" else 2,
             "memory_interval_ms": 50 if pass_ == "memory" else None,
             "memory_limit_bytes": None,
+            "memory_budget_bytes": 400 * 2**20,
         },
         "versions": {"pocket_diffusion": "0.1.0", "executorch": "1.5.1", "python": "3.12.1"},
     }
@@ -350,6 +351,19 @@ def _result(
             "after_load": _memory(200.0)[-1],
             "at_end": at_end,
             "major_faults": 812 if is_cold else 7,
+        },
+        "weights": {
+            "budget_bytes": 400 * 2**20,
+            "read_ahead": True,
+            "weights_bytes": 300 * 2**20,
+            "kept_bytes": 100 * 2**20,
+            "window_bytes": 60 * 2**20,
+            "pass_bytes": 200 * 2**20,
+            "streamed_stages": 40,
+            "streamed_bytes": 2000 * 2**20,
+            "streamed_stall_ms": 5.0,
+            "storage_bytes": 1900 * 2**20,
+            "stages": [{"name": "layers", "bytes": 300 * 2**20, "kept_bytes": 100 * 2**20}],
         },
         "delegation": {
             "layers": {"delegates": 14, "delegated": 1014, "portable": 65},

@@ -120,6 +120,7 @@ def run_bench(
         ({"hang_s": "60"}, "hang_s is '60'"),
         ({"memory_interval_ms": 0}, "memory_interval_ms is 0"),
         ({"memory_limit_bytes": 0}, "memory_limit_bytes is 0"),
+        ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
         ({"puzzles": 0}, "puzzles is 0"),
         ({"passes": {"puzzles": 1}}, "say how many"),
     ],
@@ -184,7 +185,7 @@ def test_puzzles_are_one_run_and_graded_here(
         return record
 
     record = run(texts, "ok.jsonl")
-    assert record["status"] == "ok" and record["schema_version"] == 3
+    assert record["status"] == "ok" and record["schema_version"] == 4
     assert [puzzle["is_exact"] for puzzle in record["puzzles"]] == [True] * 5 + [False]
     assert record["metrics"]["exact_match"] == 5 / 6
     assert record["metrics"]["exact_match_sort"] == 1

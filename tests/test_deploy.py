@@ -720,6 +720,8 @@ def test_clean_removes_ours_and_nothing_else(
     (base / "runs" / "run-1" / "result.json").write_text("{}")
     (base / "runs" / "run-2").symlink_to(outside)
     (base / "lock").mkdir()
+    (base / "packed").mkdir()
+    (base / "packed" / f"{done.bundle_id}-{'4' * 16}.packed").write_bytes(bytes(1000))
     removed = clean(device, root=root, holder=nobody)
     assert (removed.bundles, removed.runs) == (2, 2)
     assert removed.bytes >= done.bytes_total + 10_000
@@ -736,24 +738,31 @@ def test_clean_of_one_bundle_leaves_the_others(
     other = push(device, make_bundle(tmp_path / "other", {"x": b"x"}), root)
     done = push(device, bundle, root)
     Path(root, "runs", "run-1").mkdir()
+    Path(root, "packed").mkdir()
+    for owner in (done, other):
+        for suffix in ("packed", "json", "lock"):
+            Path(root, "packed", f"{owner.bundle_id}-{'4' * 16}.{suffix}").write_text("x")
     removed = clean(device, done.bundle_id, root=root, holder=nobody)
     assert (removed.bundles, removed.runs) == (1, 0)
     assert [found.bundle_id for found in deployed(device, root=root)] == [other.bundle_id]
     assert Path(root, "runs", "run-1").exists()
+    packed = [path.name[:16] for path in Path(root, "packed").iterdir()]
+    assert packed == [other.bundle_id] * 3
     with pytest.raises(InputError, match="has no bundle"):
         clean(device, done.bundle_id, root=root, holder=nobody)
 
 
-@pytest.mark.parametrize("folder", ["bundles", "staging", "runs"])
+@pytest.mark.parametrize("folder", ["bundles", "staging", "runs", "packed"])
 def test_a_link_in_place_of_our_folder_is_not_followed(
     device: FolderTransport, root: str, tmp_path: Path, folder: str
 ) -> None:
     outside = tmp_path / "outside"
     (outside / ("0" * 16)).mkdir(parents=True)
+    (outside / f"{'0' * 16}-{'1' * 16}.packed").write_text("precious")
     Path(root).mkdir(parents=True)
     Path(root, folder).symlink_to(outside)
     clean(device, root=root, holder=nobody)
-    assert (outside / ("0" * 16)).is_dir()
+    assert len(list(outside.iterdir())) == 2
     assert not Path(root).exists()
 
 

@@ -19,6 +19,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory_cgroup import CannotLimit, memory_group
+from device_tests import records
+from device_tests.bench import BenchPlan, bench, packed_folder
+from device_tests.deploy import deploy
+from device_tests.inventory import clean
+from device_tests.local_device import LocalDevice
+from device_tests.remote_run import LinuxRunner
 from export import mapped_weights, packed_file, xnnpack_weights
 from export.bundle import Bundle, open_bundle
 from export.mapped_bytes import MappedBytes
@@ -28,6 +34,7 @@ from export.residency import GRANULE, leanest_residency, plan_residency
 from export.runtime import open_eager_session, open_session
 from quantize.errors import InputError, OutputError
 from tests import wide_stages
+from tests.bench_tools import QUICK, connect
 from tests.wide_stages import LAYERS, PROMPT, STAGE_BYTES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings and /proc are Linux's")
@@ -334,6 +341,7 @@ def test_the_file_is_one_that_xnnpack_wrote_in_another_order(packed: Path, wide:
     file = PackedFile(wide, packed)
     packing = file.packing(verify=True)
     entries = read_index(file.path)
+    assert file.path.stat().st_mode & 0o777 == 0o600
     spans = [packing.stages[name] for name in (*LAYERS, "head")]
     assert len({entry.name for entry in entries}) == len(entries) == 2 * len(spans)
     assert all(entry.offset % 4096 == 0 for entry in entries)
@@ -444,6 +452,28 @@ def test_what_runs_a_bundle_imports_nothing_that_only_makes_one() -> None:
     code = "import sys, export.runtime; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert not {"torchao", "executorch.exir"} & set(ran.stdout.decode().split())
+
+
+def test_a_run_on_a_device_holds_its_budget_and_records_what_it_read(
+    wide: Bundle, local_device: LocalDevice, tmp_path: Path
+) -> None:
+    """The second run finds what the first has packed; both are within a budget that is too small
+    for the weights."""
+    with connect(local_device) as transport:
+        deployment = deploy(transport, wide)
+        plan = BenchPlan(
+            passes={"speed": 1, "natural": 1}, threads=(1,), memory_budget_bytes=300 << 20, **QUICK
+        )
+        bench(transport, wide, deployment, LinuxRunner(), plan, tmp_path / "r.jsonl")
+        clean(transport, deployment.bundle_id)
+        assert transport.shell(f"ls {packed_folder(deployment)}").text == ""
+    speed, natural = records.read(tmp_path / "r.jsonl")
+    assert speed["status"] == natural["status"] == "ok"
+    assert speed["conditions"]["workload"]["memory_budget_bytes"] == 300 << 20
+    assert speed["result"]["memory"]["peak_rss_bytes"] <= 300 << 20
+    assert speed["metrics"]["kept_weights_bytes"] == speed["result"]["weights"]["kept_bytes"]
+    assert natural["metrics"]["storage_bytes_per_token"] >= 0
+    assert natural["result"]["pack_ms"] < speed["result"]["pack_ms"]
 
 
 def test_the_order_of_a_pass_is_that_of_the_schedule(wide: Bundle) -> None:

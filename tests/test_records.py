@@ -126,7 +126,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         ({"status": "failed", "failure": FAILURE | {"reason": "bad luck"}}, "reason"),
         ({"result": None}, "at result"),
         ({"extra": 1}, "top level"),
-        ({"schema_version": 4}, "schema version 4"),
+        ({"schema_version": 5}, "schema version 5"),
         ({"metrics": {"step_ms": "2"}}, "metrics.step_ms"),
     ],
 )

@@ -248,7 +248,7 @@ def test_says_what_is_wrong_with_the_input(
         (b"{", None, "not valid JSON"),
         (b'{"protocol": 1, "run_id": "../x"}', None, "breaks the runner protocol"),
         (b'{"protocol": 1, "run_id": "a.b", "colour": 1}', "a.b", "breaks the runner protocol"),
-        (b'{"protocol": 3, "run_id": "a.b"}', "a.b", "update the runner"),
+        (b'{"protocol": 4, "run_id": "a.b"}', "a.b", "update the runner"),
     ],
 )
 def test_a_request_that_cannot_be_read_leaves_a_result(
@@ -553,3 +553,34 @@ def test_a_bundle_without_a_tokenizer_takes_tokens_and_gives_no_text(
         other, tmp_path / "bare", "input", prompt_tokens=None, prompt_text="a"
     )
     assert "without a tokenizer" in sentence
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings and /proc are Linux's")
+def test_a_memory_budget_gives_the_same_tokens_and_tells_what_it_took(
+    tmp_path: Path, toy_bundle: Path
+) -> None:
+    packed = tmp_path / "packed"
+    changes = ({}, {"memory_budget_bytes": 8 << 30, "packed_weights": str(packed)})
+    results = []
+    for number, change in enumerate(changes):
+        folder = tmp_path / f"run-{number}"
+        folder.mkdir()
+        assert run(write_request(folder, toy_bundle, **change)) == 0
+        results.append(read_back(folder)[1])
+    plain, held = results
+    assert held["tokens"] == plain["tokens"]
+    assert (plain["protocol"], plain["weights"], plain["pack_ms"]) == (1, None, None)
+    assert held["protocol"] == 3 and held["pack_ms"] > 0
+    assert held["weights"]["budget_bytes"] == 8 << 30
+    assert [stage["name"] for stage in held["weights"]["stages"]] == ["layers", "head"]
+    assert list(packed.glob("*.packed"))
+
+
+def test_a_memory_budget_that_cannot_be_held_is_the_requests_fault(
+    folder: Path, toy_bundle: Path
+) -> None:
+    sentence = expect_failure(
+        folder, toy_bundle, "input", memory_budget_bytes=1000, packed_weights=str(folder / "packed")
+    )
+    assert "a memory budget of 1000 bytes is too small" in sentence
+    assert not (folder / "packed").exists()

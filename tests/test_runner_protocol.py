@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,10 @@ def test_importing_it_needs_no_torch() -> None:
             memory_limit_bytes=2**33,
         ),
         RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("hä?", "a")),
+        RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("hä?", "a"),
+                   memory_budget_bytes=2**31),
+        RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompt_text="a",
+                   packed_weights="/data/packed"),
     ],
 )  # fmt: skip
 def test_a_request_survives_the_way(request_: RunRequest, tmp_path: Path) -> None:
@@ -165,7 +170,15 @@ def test_a_request_has_the_oldest_version_that_can_say_it() -> None:
     several = RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("a",))
     assert REQUEST.to_json()["protocol"] == 1, "what spoke version 1 still understands it"
     assert several.to_json()["protocol"] == 2
-    for document in (REQUEST.to_json() | {"prompts": ["a"]}, several.to_json() | {"protocol": 1}):
+    held = replace(several, memory_budget_bytes=1)
+    assert (held.to_json()["protocol"], held.to_json()["packed_weights"]) == (3, None)
+    assert "memory_budget_bytes" not in several.to_json(), "a runner of version 2 would refuse it"
+    for document in (
+        REQUEST.to_json() | {"prompts": ["a"]},
+        several.to_json() | {"protocol": 1},
+        held.to_json() | {"protocol": 2},
+        held.to_json() | {"prompt": {"text": "a"}},
+    ):
         with pytest.raises(RunnerProtocolError, match="breaks the runner protocol"):
             parse_request(encoded(document))
 
@@ -178,6 +191,13 @@ def test_answers_are_checked() -> None:
     }  # fmt: skip
     several = RESULT | {"protocol": 2, "answers": [answer]}
     assert parse_result(encoded(several))["answers"] == [answer]
+    for changes in ({"protocol": 3}, {"protocol": 3, "answers": None}):
+        assert parse_result(encoded(several | changes)), "version 3 has either"
+    for changes in ({"answers": None}, {"protocol": 3, "answers": []}):
+        with pytest.raises(RunnerProtocolError, match="answers"):
+            parse_result(encoded(several | changes))
+    with pytest.raises(RunnerProtocolError, match="tokens"):
+        parse_result(encoded(RESULT | {"protocol": 3, "tokens": None}))
     for name in answer:
         with pytest.raises(RunnerProtocolError, match=r"answers\.0"):
             parse_result(encoded(several | {"answers": [answer | {name: [None]}]}))
@@ -203,7 +223,8 @@ def test_what_a_request_leaves_out_has_a_default() -> None:
         {"prompt_text": None, "prompt_tokens": ()}, {"prompt_text": None, "prompt_tokens": (-1,)},
         {"seed": -1}, {"seed": 2**64}, {"threads": 0}, {"force_steps": 0}, {"warmup_steps": -1},
         {"settings": {"t_min": "1"}}, {"settings": {"t_min": float("nan")}},
-        {"memory_interval_ms": 0}, {"memory_limit_bytes": 0}, {"bundle_sha256": "0F" * 32},
+        {"memory_interval_ms": 0}, {"memory_limit_bytes": 0}, {"memory_budget_bytes": 0},
+        {"packed_weights": "relative"}, {"packed_weights": "/a\0"}, {"bundle_sha256": "0F" * 32},
         {"prompt_text": "\ud800"}, {"prompt_text": "a" * (MAXIMUM_REQUEST_BYTES - 9)},
     ],
 )  # fmt: skip
@@ -314,13 +335,13 @@ def test_a_failed_result_may_have_no_numbers() -> None:
 
 def test_a_newer_protocol_asks_for_an_update_of_whoever_reads() -> None:
     for content, parse in (
-        (line("started", protocol=3), parse_event),
-        (encoded({"protocol": 3}), parse_result),
+        (line("started", protocol=4), parse_event),
+        (encoded({"protocol": 4}), parse_result),
     ):
-        with pytest.raises(RunnerProtocolError, match=r"version 3.*update the host"):
+        with pytest.raises(RunnerProtocolError, match=r"version 4.*update the host"):
             parse(content)
-    with pytest.raises(RunnerProtocolError, match=r"version 3.*update the runner"):
-        parse_request(encoded({"protocol": 3, "new": 1}))
+    with pytest.raises(RunnerProtocolError, match=r"version 4.*update the runner"):
+        parse_request(encoded({"protocol": 4, "new": 1}))
 
 
 def test_what_is_too_large_is_refused_unread() -> None:
