@@ -192,8 +192,7 @@ def _report(arguments: argparse.Namespace, work: Path) -> None:
     conditions = {
         "model": arguments.model,
         "recipe": arguments.recipe,
-        "layers": arguments.layers
-        or read_shape(read_config(arguments.model)[1]).num_layers,
+        "layers": arguments.layers or read_shape(read_config(arguments.model)[1]).num_layers,
         "context": arguments.context,
         "cores": os.cpu_count(),
         "executorch": version("executorch"),

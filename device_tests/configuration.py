@@ -156,7 +156,7 @@ def _key(record: Record) -> tuple[tuple[str, str], ...]:
             for leaf, found in sorted(leaves(record).items())
             if condition_of(leaf) not in MAY_VARY | {"versions", "workload"}
         ),
-        *((name, canonical(workload[name])) for name in _OF_EVERY_PASS),
+        *((name, canonical(workload.get(name))) for name in _OF_EVERY_PASS),
     )
 
 

@@ -14,11 +14,13 @@ import os
 import sys
 from pathlib import Path
 
+from export import page_cache
 from export.streaming import Region
 from quantize.errors import InputError
 
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
+_MADV_DONTNEED = 4
 _HEADER_BYTES = bytes.__basicsize__ - 1
 """Of a bytes object, before its content; the 1 is the zero behind it."""
 _MANY = 1 << 28
@@ -71,11 +73,22 @@ class MappedBytes:
         """All of it."""
         return self.region(0, len(self.content))
 
+    def forget(self) -> None:
+        """Let go of its pages, here and in the page cache; what is used again is read again."""
+        _madvise(self.address, max(len(self.content), 1), _MADV_DONTNEED)
+        page_cache.drop([self.path])
+
     def region(self, offset: int, size: int) -> Region:
         """The whole pages that hold `size` bytes from `offset`."""
         begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
         end = -(-(offset + size) // mmap.PAGESIZE) * mmap.PAGESIZE
         return Region(self.path, begin, end - begin, self.address + begin)
+
+
+def _madvise(address: int, size: int, advice: int) -> None:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    function(address, size, advice)
 
 
 def _map(address: int | None, size: int, flags: int, descriptor: int) -> int:

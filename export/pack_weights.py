@@ -165,13 +165,14 @@ def _pack_stage(bundle: Bundle, stage: Stage, destination: Path) -> None:
             "be packed into another; run without a memory budget"
         )
     program_file = bundle.path(stage.file)
+    mapped = MappedBytes(program_file)
     weights = PackedWeights(destination)
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.pybindings import _C
 
     with captured_stderr() as log, weights.loading():
         try:
-            program = _C._load_program_from_buffer(MappedBytes(program_file).content)
+            program = _C._load_program_from_buffer(mapped.content)
             loaded = program.load_method(stage.method)
         except RuntimeError as error:
             reason = (log.text() or str(error)).strip().splitlines()[-1].rstrip(".")
@@ -181,6 +182,7 @@ def _pack_stage(bundle: Bundle, stage: Stage, destination: Path) -> None:
         del loaded, program
     gc.collect()
     weights.close()
+    mapped.forget()
 
 
 def main() -> None:
