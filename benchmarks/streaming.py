@@ -51,7 +51,7 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     new_tokens = model.canvas_length if is_diffusion else arguments.steps
     steps = arguments.steps if is_diffusion else 1
     # The first answer warms up: the division of the weights is made in it.
-    session.generate(prompt, new_tokens, 0, force_steps=min(steps, 2))
+    session.generate(prompt, new_tokens, 0, force_steps=1)
     session = type(session)(session.model, session.special_tokens, session.settings)
     before = session.model.weights.report()
     result = session.generate(prompt, new_tokens, 1, force_steps=steps)

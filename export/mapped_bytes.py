@@ -20,7 +20,7 @@ from quantize.errors import InputError
 
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
-_MADV_DONTNEED = 4
+_MADV_RANDOM, _MADV_DONTNEED = 1, 4  # linux/mman.h
 _HEADER_BYTES = bytes.__basicsize__ - 1
 """Of a bytes object, before its content; the 1 is the zero behind it."""
 _MANY = 1 << 28
@@ -72,6 +72,10 @@ class MappedBytes:
     def whole(self) -> Region:
         """All of it."""
         return self.region(0, len(self.content))
+
+    def expect_little(self) -> None:
+        """Read no more of the file than what is used; else the system reads megabytes ahead."""
+        _madvise(self.address, max(len(self.content), 1), _MADV_RANDOM)
 
     def forget(self) -> None:
         """Let go of its pages, here and in the page cache; what is used again is read again."""

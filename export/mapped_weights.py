@@ -70,6 +70,7 @@ class MappedWeights:
     def program(self, stage: Stage) -> bytes:
         """The stage's program file, mapped. Raises OSError."""
         program = MappedBytes(self._bundle.path(stage.file))
+        program.expect_little()  # its weights are in the packed file
         self._programs[stage.name] = program
         return program.content
 

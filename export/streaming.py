@@ -158,10 +158,10 @@ class WeightStreamer:
         following = (self._place + 1) % len(self._order)
         if self._order[following] != stage:  # the pass ended early
             following = self._order.index(stage)
+        began_s = time.perf_counter()
         if following == 0 and self._place >= 0:
             self._settle()
         self._place = following
-        began_s = time.perf_counter()
         if stage not in self._held:
             self._await()
             self._let_go_of(self._held)
@@ -204,6 +204,7 @@ class WeightStreamer:
 
     def _settle(self) -> None:
         """Between passes: plan if that was not done, or memory of other kinds has grown since."""
+        self._await()  # what is on its way is measured as there
         other = self._measure()
         if self._not_run or (self._is_planned and other <= self._other + _GROWTH_BYTES):
             return
@@ -213,10 +214,9 @@ class WeightStreamer:
         if residency is None:
             least = leanest_residency(self._sizes, self._order).resident_bytes
             raise refusal(self.budget_bytes, self._other, least)
-        self._await()
         self.residency = residency
-        for stage, kept in zip(self.stages, residency.kept, strict=True):
-            self._pages.drop(stage.part(kept))
+        for stage in self.stages:
+            self._pages.drop(stage.regions)
         self._held.clear()
         self._ready.clear()
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,10 @@ from export.bundle import Bundle, open_bundle
 from export.mapped_bytes import MappedBytes
 from export.mapped_weights import MemoryOptions
 from export.packed_file import DamagedFile, Entry, PackedFile, index_bytes, read_index
+from export.process import resident_bytes
 from export.residency import GRANULE, leanest_residency, plan_residency
 from export.runtime import open_eager_session, open_session
+from export.streaming import MARGIN_BYTES, StageWeights, WeightStreamer
 from quantize.errors import InputError, OutputError
 from tests import wide_stages
 from tests.bench_tools import QUICK, connect
@@ -392,6 +395,55 @@ def test_large_tables_lie_where_the_programs_are_mapped(
     assert wide_stages.FirstMlp(0).table.numpy().tobytes() in found
     assert ctypes.string_at(region.address, region.bytes) == found.ljust(region.bytes, b"\0")
     assert session.model.weights._tables(wide.manifest.stages[1]) is None
+
+
+def test_the_stage_that_runs_is_in_memory_and_all_are_within_their_room(tmp_path: Path) -> None:
+    """Passes that end early among them, as those that encode a prompt do."""
+    stage_bytes, count = 6 << 20, 8
+    content = random.Random(0).randbytes(count * stage_bytes)
+    (tmp_path / "weights").write_bytes(content)
+    mapped = MappedBytes(tmp_path / "weights")
+    stages = [
+        StageWeights(str(i), (mapped.region(i * stage_bytes, stage_bytes),)) for i in range(count)
+    ]
+    kinds: tuple[Any, ...] = ("RssAnon", "RssFile", "RssShmem")
+    taken = sum(map(resident_bytes, kinds))
+    streamer = WeightStreamer(stages, range(count), taken + MARGIN_BYTES + (33 << 20))
+    seen = set()
+
+    def passes(*lengths: int) -> None:
+        for stage in (stage for length in lengths for stage in range(length)):
+
+            def compute(stage: int = stage) -> None:
+                resident = _resident_of(mapped)
+                # A fault maps what is cached around it, 64 KiB.
+                most = streamer.residency.resident_bytes + (64 << 10)
+                assert stage_bytes <= resident <= most
+                begin = stage * stage_bytes
+                assert mapped.content[begin : begin + 4096] == content[begin : begin + 4096]
+                seen.add((streamer.residency.ahead, sum(streamer.residency.kept) > 0))
+
+            streamer.run(stage, compute)
+
+    passes(8, 8, 3, 8, 7, 7, 8, 1, 8)
+    assert seen == {(False, False), (True, True)}, "first lean, then by what was measured"
+    kept = streamer.residency.kept
+    ballast = b"1" * (5 << 20)
+    passes(1, 8, 8)  # planned anew in the first, with the same outcome; and not once more
+    assert streamer.residency.kept == kept and len(ballast) == 5 << 20
+
+
+def _resident_of(mapped: MappedBytes) -> int:
+    """Rss of the mapping, from smaps."""
+    ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split(maxsplit=1)[0]
+        if not name.endswith(":"):
+            low, high = (int(part, 16) for part in name.split("-"))
+            ours = low <= mapped.address < high
+        elif ours and name == "Rss:":
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the file is not mapped")
 
 
 ORDERS = {
