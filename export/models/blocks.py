@@ -89,6 +89,18 @@ class RMSNorm(nn.Module):
         return normed if self.weight is None else normed * self.weight
 
 
+class FinalNorm(nn.Module):
+    """The norm behind the last layer, as a stage of its own."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(size, eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalize `[1, N, size]`."""
+        return self.norm(hidden)
+
+
 class GatedMLP(nn.Module):
     """The gated feed-forward block: down(activation(gate(x)) * up(x))."""
 

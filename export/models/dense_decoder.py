@@ -447,18 +447,6 @@ class LayerGroup(nn.Module):
         return rows.unsqueeze(0)
 
 
-class FinalNorm(nn.Module):
-    """The norm behind the last layer, as a stage of its own."""
-
-    def __init__(self, config: DenseConfig) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalize `[1, N, H]`."""
-        return self.norm(hidden)
-
-
 def checkpoint_name(path: str, config: DenseConfig) -> str:
     """The checkpoint's name of the parameter at `path` of DenseLayers."""
     if not config.has_llada_names:

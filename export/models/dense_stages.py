@@ -6,7 +6,6 @@ public source each was checked.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 
 from export.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
+from export.models.blocks import FinalNorm
+from export.models.cutting import layer_stages, norm_stage
 from export.models.defaults import (
     autoregressive_settings,
     checked_settings,
@@ -25,7 +26,6 @@ from export.models.defaults import (
 from export.models.dense_decoder import (
     DenseConfig,
     DenseEntry,
-    FinalNorm,
     LayerGroup,
     build_layers,
     check_vocabulary,
@@ -35,13 +35,11 @@ from export.models.dense_decoder import (
 )
 from export.staging import (
     BLOCK_LAYERS_INPUTS,
-    LAYERS_OUTPUTS,
-    Form,
     StagedModel,
     StageModule,
     block_layers_stage,
 )
-from export.weights import RenamedWeights, Weights, other_layers
+from export.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 from quantize.json_files import read_json_object
@@ -208,22 +206,26 @@ def _cut_layers(
         load_weights(module, config, checkpoint)
         return module.eval()
 
-    def norm() -> nn.Module:
-        module = FinalNorm(config)
-        load_weights(module, config, checkpoint)
-        return module.eval()
-
-    def build(weights: Weights, first: int, count: int) -> nn.Module:
-        module = LayerGroup(config, count, **sizes)
+    def layers(weights: Weights, first: int, end: int) -> nn.Module:
+        module = LayerGroup(config, end - first, **sizes)
         load_weights(module, config, weights, first)
         return module.eval()
 
-    rows = torch.zeros(1, prefill, config.hidden_size)
+    def norm() -> nn.Module:
+        module = FinalNorm(config.hidden_size, config.norm_eps)
+        load_weights(module, config, checkpoint)
+        return module.eval()
+
     start = torch.zeros(1, dtype=torch.int64)
     angles = torch.zeros(prefill, 1, config.head_dim // 2)
-    mask = torch.zeros(config.kv_groups * prefill, context)
-    shared = ("mask", "cos", "sin")
-    stages = [
+    shared = {
+        "mask": torch.zeros(config.kv_groups * prefill, context),
+        "cos": angles,
+        "sin": angles,
+    }
+    given = {"hidden": torch.zeros(1, prefill, config.hidden_size), "start": start, **shared}
+    rows = {"hidden": {1: "tokens"}}
+    return [
         StageModule(
             name="entry",
             role="layers",
@@ -232,48 +234,22 @@ def _cut_layers(
             input_names=BLOCK_LAYERS_INPUTS,
             output_names=("hidden", *shared),
             dynamic={"tokens": {1: "tokens"}},
-        )
+        ),
+        *layer_stages(
+            checkpoint,
+            [config] * config.num_layers,
+            layers_per_stage,
+            build=layers,
+            inputs=lambda first, end: given,
+            dynamic=rows
+            | {
+                "mask": {0: f"{config.kv_groups}*tokens"},
+                "cos": {0: "tokens"},
+                "sin": {0: "tokens"},
+            },
+        ),
+        norm_stage(norm, prefill, config.hidden_size, rows),
     ]
-    firsts: dict[int, int] = {}
-    for first in range(0, config.num_layers, layers_per_stage):
-        count = min(layers_per_stage, config.num_layers - first)
-        form_first = firsts.setdefault(count, first)
-        weights = RenamedWeights(checkpoint, other_layers(form_first, first))
-        form = Form(
-            f"layers_{form_first:02}",
-            functools.partial(build, first=form_first, count=count),
-            weights,
-        )
-        stages.append(
-            StageModule(
-                name=f"layers_{first:02}",
-                role="layers",
-                module=functools.partial(form.build, weights),
-                example_inputs=(rows, start, mask, angles, angles),
-                input_names=("hidden", "start", *shared),
-                output_names=LAYERS_OUTPUTS,
-                mutates_buffers=True,
-                dynamic={
-                    "hidden": {1: "tokens"},
-                    "mask": {0: f"{config.kv_groups}*tokens"},
-                    "cos": {0: "tokens"},
-                    "sin": {0: "tokens"},
-                },
-                form=form,
-            )
-        )
-    stages.append(
-        StageModule(
-            name="norm",
-            role="layers",
-            module=norm,
-            example_inputs=(rows,),
-            input_names=LAYERS_OUTPUTS,
-            output_names=LAYERS_OUTPUTS,
-            dynamic={"hidden": {1: "tokens"}},
-        )
-    )
-    return stages
 
 
 def _head_stage(

@@ -484,18 +484,6 @@ class LayerGroup(nn.Module):
         return rows.unsqueeze(0)
 
 
-class FinalNorm(nn.Module):
-    """The norm behind the last layer, as a stage of its own."""
-
-    def __init__(self, config: DiffusionGemmaConfig) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalize `[1, T, H]`."""
-        return self.norm(hidden)
-
-
 def kinds_of(config: DiffusionGemmaConfig, layers: Sequence[LayerConfig]) -> tuple[str, ...]:
     """The kinds of attention among `layers`, in the order of `config.rotary`."""
     present = {layer.kind for layer in layers}

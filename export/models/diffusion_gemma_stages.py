@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -12,12 +11,12 @@ from torch import Tensor
 from export.bundle import Experts, ModelInfo, Sampler, SpecialTokens
 from export.expert_choice import ExpertComputation, choose_expert_computation
 from export.head import DiffusionHead, head_example_inputs
+from export.models.blocks import FinalNorm
+from export.models.cutting import layer_stages, norm_stage
 from export.models.diffusion_gemma import (
     EMBEDDING_NAME,
     CanvasEntry,
     DiffusionGemmaConfig,
-    FinalNorm,
-    LayerConfig,
     LayerGroup,
     build_layers,
     check_context,
@@ -31,12 +30,11 @@ from export.staging import (
     HEAD_OUTPUTS,
     LAYERS_INPUTS,
     LAYERS_OUTPUTS,
-    Form,
     StagedModel,
     StageModule,
 )
 from export.uniform_diffusion import UniformDiffusionSettings
-from export.weights import RenamedWeights, Weights, other_layers
+from export.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, InputError
 
@@ -151,84 +149,51 @@ def _cut_layers(
         load_weights(module, checkpoint)
         return module.eval()
 
+    def layers(weights: Weights, first: int, end: int) -> torch.nn.Module:
+        module = LayerGroup(
+            config,
+            config.layers[first:end],
+            maximum_context=maximum_context,
+            computation=computation,
+        )
+        load_weights(module, weights, first)
+        return module.eval()
+
     def norm() -> torch.nn.Module:
-        module = FinalNorm(config)
+        module = FinalNorm(config.hidden_size, config.norm_eps)
         load_weights(module, checkpoint)
         return module.eval()
 
-    rows = torch.zeros(1, config.canvas_length, config.hidden_size)
     position = torch.zeros(1, dtype=torch.int64)
-    given = {
-        name: torch.zeros(shape)
-        for kind in config.rotary
-        for name, shape in _shared(config, maximum_context, kind).items()
-    }
-    stages = [
+    rows = torch.zeros(1, config.canvas_length, config.hidden_size)
+    shared = {kind: _shared(config, maximum_context, kind) for kind in config.rotary}
+
+    def inputs(first: int, end: int) -> dict[str, Tensor]:
+        given = {"hidden": rows, "start": position, "denoise": position}
+        for kind in kinds_of(config, config.layers[first:end]):
+            given |= shared[kind]
+        return given
+
+    return [
         StageModule(
             name="entry",
             role="layers",
             module=entry,
             example_inputs=_loop_inputs(config),
             input_names=LAYERS_INPUTS,
-            output_names=("hidden", *given),
-        )
+            output_names=("hidden", *(name for kind in config.rotary for name in shared[kind])),
+        ),
+        *layer_stages(checkpoint, config.layers, layers_per_stage, build=layers, inputs=inputs),
+        norm_stage(norm, config.canvas_length, config.hidden_size),
     ]
-    firsts: dict[tuple[LayerConfig, ...], int] = {}
-    for first in range(0, len(config.layers), layers_per_stage):
-        group = config.layers[first : first + layers_per_stage]
-        shared = [
-            name
-            for kind in kinds_of(config, group)
-            for name in _shared(config, maximum_context, kind)
-        ]
-        form_first = firsts.setdefault(group, first)
-
-        def build(
-            weights: Weights,
-            group: tuple[LayerConfig, ...] = group,
-            form_first: int = form_first,
-        ) -> torch.nn.Module:
-            module = LayerGroup(
-                config, group, maximum_context=maximum_context, computation=computation
-            )
-            load_weights(module, weights, form_first)
-            return module.eval()
-
-        weights = RenamedWeights(checkpoint, other_layers(form_first, first))
-        form = Form(f"layers_{form_first:02}", build, weights)
-        stages.append(
-            StageModule(
-                name=f"layers_{first:02}",
-                role="layers",
-                module=functools.partial(build, weights),
-                example_inputs=(rows, position, position, *(given[name] for name in shared)),
-                input_names=("hidden", "start", "denoise", *shared),
-                output_names=LAYERS_OUTPUTS,
-                mutates_buffers=True,
-                form=form,
-            )
-        )
-    stages.append(
-        StageModule(
-            name="norm",
-            role="layers",
-            module=norm,
-            example_inputs=(rows,),
-            input_names=LAYERS_OUTPUTS,
-            output_names=LAYERS_OUTPUTS,
-        )
-    )
-    return stages
 
 
-def _shared(
-    config: DiffusionGemmaConfig, maximum_context: int, kind: str
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the entry gives to layers of a kind."""
+def _shared(config: DiffusionGemmaConfig, maximum_context: int, kind: str) -> dict[str, Tensor]:
+    """What the entry gives to layers of a kind: names and examples."""
     head_dim = next(layer.head_dim for layer in config.layers if layer.kind == kind)
-    angles = (config.canvas_length, 1, head_dim // 2)
+    angles = torch.zeros(config.canvas_length, 1, head_dim // 2)
     return {
-        f"{kind}_mask": (config.canvas_length, maximum_context),
+        f"{kind}_mask": torch.zeros(config.canvas_length, maximum_context),
         f"{kind}_cos": angles,
         f"{kind}_sin": angles,
     }
