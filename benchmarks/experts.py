@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from export.process import processor_name
+
 FORMS = ("dense", "gather")
 ROUTINGS = ("even", "uneven")
 SEED = 20261123
@@ -235,7 +237,7 @@ def _report(arguments: argparse.Namespace, results: list[dict]) -> None:
             "threads": arguments.threads,
             "rounds": arguments.rounds,
             "cores": os.cpu_count(),
-            "processor": _processor(),
+            "processor": processor_name(),
             "load_average_at_end": os.getloadavg(),
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "executorch", "torchao")},
@@ -246,13 +248,6 @@ def _report(arguments: argparse.Namespace, results: list[dict]) -> None:
         ],
     }
     print(json.dumps(document, separators=(",", ":")))
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

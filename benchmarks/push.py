@@ -48,6 +48,7 @@ from export.bundle import (
     TensorSpec,
     write_bundle,
 )
+from export.process import processor_name
 
 FILE = "head.pte"
 REMOTE = "/data/local/tmp/benchmark_push"
@@ -221,7 +222,7 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> N
         "cable_mib_per_s": arguments.cable,
         "chunk_mib": CHUNK_BYTES // MIB,
         "cores": os.cpu_count(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "load_average_at_end": os.getloadavg(),
         "python": platform.python_version(),
         "adbutils": version("adbutils"),
@@ -234,13 +235,6 @@ def _report(arguments: argparse.Namespace, seconds: dict[str, list[float]]) -> N
         "ratios_of_medians": ratios,
     }
     print(json.dumps(document, separators=(",", ":")))
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from rich.table import Table
 from export.plan.families import read_shape
 from export.plan.layout import checkpoint_bytes
 from export.plan.presets import read_config
+from export.process import processor_name
 from quantize.recipe import preset
 from scripts.make_checkpoint import plan_checkpoint, write_checkpoint
 
@@ -164,7 +165,7 @@ def _report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "model": MODEL,
         "recipe": arguments.recipe,
         "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
+        "processor": processor_name(),
         "load_average_at_end": os.getloadavg(),
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -172,13 +173,6 @@ def _report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     }
     document = {"benchmark": "quantizer", "conditions": conditions, "rows": rows, "line": summary}
     print(json.dumps(document, separators=(",", ":")))
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

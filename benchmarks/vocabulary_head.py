@@ -27,6 +27,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from export.process import processor_name
+
 VARIANTS = ("chunked", "at_once", "plain", "products", "products1")
 BASELINE_TABLE_STD = 0.04
 SEED = 20261123
@@ -139,7 +141,7 @@ def _report(arguments: argparse.Namespace, memory: dict, times: dict) -> None:
             "rounds": arguments.rounds,
             "steps_per_round": arguments.steps,
             "cores": os.cpu_count(),
-            "processor": _processor(),
+            "processor": processor_name(),
             "load_average_at_end": os.getloadavg(),
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "executorch", "torchao")},
@@ -167,13 +169,6 @@ def _ratios(best: dict[str, list[float]]) -> dict[str, float]:
             if other in best:
                 ratios[f"beyond {other} / {other}"] = median_ratio("chunked", other) - 1
     return ratios
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _lower(arguments: argparse.Namespace, variant: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -33,7 +31,9 @@ from export.models import stage_model
 from export.process import return_large_blocks
 from export.staging import StagedModel, StageModule
 from export.tokenizer import TextTokenizer, TokenizerFiles, tokenizer_files
+from quantize.atomic_folder import sync
 from quantize.checkpoint import open_checkpoint
+from quantize.journal import work_text
 
 TOOL_CHAIN = ("executorch", "torch", "torchao")
 TOKENIZER_FILE = "tokenizer.json"
@@ -108,17 +108,14 @@ def export_bundle(
             lowered = forms.lower(stage) if stage.form else lower_stage(stage, backend)
             path = writer.path(_file(stage))
             lowered.write(path)
-            _flush(path)
+            sync(path)
             described[stage.name] = _describe(stage, lowered)
             delegation[stage.name] = lowered.delegation
-            journal.append(
-                [
-                    {
-                        "stage": asdict(described[stage.name]),
-                        "delegation": asdict(lowered.delegation),
-                    }
-                ]
-            )
+            record = {
+                "stage": asdict(described[stage.name]),
+                "delegation": asdict(lowered.delegation),
+            }
+            journal.append([record])
         shutil.rmtree(writer.folder / FORMS_FOLDER, ignore_errors=True)
         report(total - 1, total, "sealing")
         writer.finish(
@@ -129,7 +126,7 @@ def export_bundle(
                 special_tokens=model.special_tokens,
                 stages=tuple(described[stage.name] for stage in model.stages),
                 backend=backend,
-                versions={name: importlib.metadata.version(name) for name in TOOL_CHAIN},
+                versions=_versions(),
                 experts=model.experts,
                 tokenizer=(
                     None
@@ -148,20 +145,17 @@ def export_bundle(
 
 def _work(source: Path, options: list[object]) -> str:
     """A text that differs whenever the bundle could."""
-    files = [path for path in sorted(source.iterdir()) if path.is_file()]
-    parts = {
-        "source": str(source.resolve()),
-        "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files],
-        "options": options,
-        "versions": {name: importlib.metadata.version(name) for name in TOOL_CHAIN},
-        "schema_version": SCHEMA_VERSION,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return work_text(
+        (path for path in sorted(source.iterdir()) if path.is_file()),
+        source=str(source.resolve()),
+        options=options,
+        versions=_versions(),
+        schema_version=SCHEMA_VERSION,
+    )
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in TOOL_CHAIN}
 
 
 def _check_tokenizer(tokenizer: TokenizerFiles, model: StagedModel) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from export import memory_sampler, page_cache
+from export.process import processor_name
 
 PROGRAMS_FILE = "programs.json"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -84,7 +84,7 @@ def measure(folder: Path, threads: int | None) -> dict[str, Any]:
         "flash_read_mb_s": flash,
         "runtime_anonymous_bytes": memory["anonymous_bytes"],
         "runtime_file_bytes": memory["file_bytes"],
-        "processor": _processor(),
+        "processor": processor_name(),
         "ram_bytes": _ram_bytes(),
     }
 
@@ -187,16 +187,6 @@ def flash_read_mb_s(files: list[Path]) -> float | None:
         finally:
             os.close(descriptor)
     return 1e-6 * total / (time.perf_counter() - began)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.machine()
 
 
 def _ram_bytes() -> int | None:

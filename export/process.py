@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import signal
 import sys
@@ -19,12 +20,9 @@ def peak_rss_bytes() -> int:
 
     From /proc where there is one: `getrusage` there inherits the peak of the parent process.
     """
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    told = _told("status", "VmHWM")
+    if told is not None:
+        return told * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -41,13 +39,7 @@ def die_with_parent() -> None:
 
 def resident_bytes(kind: Literal["RssAnon", "RssFile", "RssShmem"]) -> int:
     """What this process has resident: its own, of mapped files, shared; 0 where it is not told."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(kind + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+    return (_told("status", kind) or 0) * 1024
 
 
 def storage_read_bytes() -> int | None:
@@ -55,13 +47,29 @@ def storage_read_bytes() -> int | None:
 
     read_bytes of /proc/self/io; None where it is not told.
     """
+    return _told("io", "read_bytes")
+
+
+def _told(file: str, name: str) -> int | None:
+    """The number behind a name in a file of /proc/self; None where it is not told."""
     try:
-        for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
-            if line.startswith("read_bytes:"):
+        for line in Path("/proc/self", file).read_text(encoding="ascii").splitlines():
+            if line.startswith(name + ":"):
                 return int(line.split()[1])
     except OSError:
         pass
     return None
+
+
+def processor_name() -> str:
+    """The processor's model where the system tells it, the machine's kind elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
 
 
 class CapturedText:

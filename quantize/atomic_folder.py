@@ -91,7 +91,7 @@ def resumable_folder(
             journal.begin()
             journal.records = []
             _make_content(holder)
-            _sync(holder)
+            sync(holder)
         yield holder / _CONTENT, journal
         # All is done: what goes wrong now, such as a folder that has meanwhile appeared under
         # the final name, can be put right.
@@ -142,12 +142,12 @@ def _finish(
 ) -> None:
     content = holder / _CONTENT
     for path in sorted(content.rglob("*")):
-        _sync(path)
-    _sync(content)
+        sync(path)
+    sync(content)
     # Once more: the work may have taken hours.
     _refuse_occupied(destination, overwrite, is_ours)
     _move_into_place(content, destination, holder / _REPLACED)
-    _sync(holder.parent)
+    sync(holder.parent)
 
 
 def _remove(holder: Path) -> None:
@@ -189,7 +189,8 @@ def _move_into_place(content: Path, destination: Path, replaced: Path) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder to the disk; raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -46,6 +47,14 @@ class Journal:
     def close(self) -> None:
         """Lets other processes have it."""
         os.close(self._descriptor)
+
+
+def work_text(files: Iterable[Path], **parts: object) -> str:
+    """A text that differs whenever the files (by name, size and time) or the parts do."""
+    stats = [(path.name, path.stat()) for path in files]
+    named = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    document = json.dumps({"files": named, **parts}, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def _open_locked(path: Path) -> int:

@@ -6,7 +6,6 @@ Which weight gets which scheme is the recipe's business; how integers lie on dis
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from quantize.checkpoint import (
     open_checkpoint,
 )
 from quantize.errors import CheckpointError, RecipeError
-from quantize.journal import Journal
+from quantize.journal import Journal, work_text
 from quantize.json_files import read_json_object
 from quantize.packing import pack_int4, packed_width
 from quantize.recipe import Recipe, Scheme
@@ -138,15 +137,13 @@ def _work(source: Path, recipe: Recipe, max_shard_bytes: int) -> str:
     """A text that differs whenever the result could."""
     files = sorted(path for path in source.iterdir() if path.suffix == ".safetensors")
     files += [source / name for name in (*COPIED_FILES, INDEX_FILE) if (source / name).is_file()]
-    stats = [(path.name, path.stat()) for path in files]
-    parts = {
-        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-        "recipe": recipe.to_json(),
-        "versions": _versions(),
-        "schema_version": SCHEMA_VERSION,
-        "max_shard_bytes": max_shard_bytes,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return work_text(
+        files,
+        recipe=recipe.to_json(),
+        versions=_versions(),
+        schema_version=SCHEMA_VERSION,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from export.bundle import Delegation
 from export.program_file import Extent, read_program_layout
 from export.staging import Form, StageModule
 from export.weights import RandomWeights, Weights
+from quantize.atomic_folder import sync
 from quantize.errors import LoweringError
 
 Part = Literal["integers", "scales", "fp32 scales", "plain"]
@@ -136,14 +137,18 @@ class Forms:
         form = stage.form
         if form is None:
             raise ValueError(f"the stage {stage.name} has no form")
+        described = self._folder / f"{form.name}.json"
         if form.name not in self._made:
-            self._made[form.name] = self._kept(form) or self._make(stage, form)
+            if not described.exists():
+                self._make(stage, form, described)
+            self._made[form.name] = _read(described)
         template, lowered = self._made[form.name]
         return replace(lowered, write=lambda path: template.stamp(form.weights, path))
 
-    def _make(self, stage: StageModule, form: Form) -> tuple[Template, LoweredStage]:
+    def _make(self, stage: StageModule, form: Form, described: Path) -> None:
+        """Lower a form; what was lowered is not kept, as it holds all weights."""
         self._folder.mkdir(exist_ok=True)
-        file = self._folder / f"{form.name}.pte"
+        file = described.with_suffix(".pte")
         template, lowered = make_template(stage, form, self._backend, file)
         document = {
             "outputs": [
@@ -154,27 +159,23 @@ class Forms:
             "places": [asdict(place) for place in template.places],
         }
         # The description appears last and whole: where it is, the program is whole.
-        described = file.with_suffix(".json")
         temporary = described.with_suffix(".partial")
         temporary.write_text(json.dumps(document), encoding="utf-8")
         for path in (file, temporary):
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+            sync(path)
         os.replace(temporary, described)
-        return template, lowered
 
-    def _kept(self, form: Form) -> tuple[Template, LoweredStage] | None:
-        file = self._folder / f"{form.name}.pte"
-        try:
-            document = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        template = Template(file, tuple(Place(**place) for place in document["places"]))
-        outputs = tuple(
-            Output(getattr(torch, dtype), tuple(shape), tuple(dynamic))
-            for dtype, shape, dynamic in document["outputs"]
-        )
-        return template, LoweredStage(_unwritten, outputs, Delegation(**document["delegation"]))
+
+def _read(described: Path) -> tuple[Template, LoweredStage]:
+    """What `Forms` has described there."""
+    document = json.loads(described.read_text(encoding="utf-8"))
+    places = tuple(Place(**place) for place in document["places"])
+    outputs = tuple(
+        Output(getattr(torch, dtype), tuple(shape), tuple(dynamic))
+        for dtype, shape, dynamic in document["outputs"]
+    )
+    lowered = LoweredStage(_unwritten, outputs, Delegation(**document["delegation"]))
+    return Template(described.with_suffix(".pte"), places), lowered
 
 
 def _unwritten(path: Path) -> None:
@@ -194,12 +195,11 @@ def make_template(
     lowered = lower_stage(replace(stage, module=module), backend)
     lowered.write(file)
     asked = list(dict.fromkeys(weights.asked))
-    constants = {_raw(buffer) for buffer in _constants(module, stage)}
-    del module
+    constants = {_raw(buffer) for buffer in _constants(module)}
     return Template(file, _find(file, weights, asked, constants, form.name)), lowered
 
 
-def _constants(module: nn.Module, stage: StageModule) -> Iterator[Tensor]:
+def _constants(module: nn.Module) -> Iterator[Tensor]:
     """Tensors of a module that do not come from a checkpoint."""
     for name, buffer in module.named_buffers():
         owner, _, leaf = name.rpartition(".")
@@ -297,8 +297,8 @@ def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _key(data: bytes, part: Part) -> str:
-    digest = hashlib.sha256(data).hexdigest()
+def _key(data: bytes, part: Part, behind: bytes = b"") -> str:
+    digest = hashlib.sha256(data + behind).hexdigest()
     return _SCALES + digest if part.endswith("scales") else digest
 
 
@@ -308,8 +308,7 @@ def _free_key(data: bytes, part: Part, taken: set[str]) -> str:
     number = 0
     while key in taken:
         number += 1
-        digest = hashlib.sha256(data + number.to_bytes(4, "little")).hexdigest()
-        key = _SCALES + digest if part.endswith("scales") else digest
+        key = _key(data, part, number.to_bytes(4, "little"))
     taken.add(key)
     return key
 
@@ -318,7 +317,7 @@ def _digest(key: str) -> bytes:
     return key.removeprefix(_SCALES).encode()
 
 
-def _copy(source, target, extent: Extent) -> None:
+def _copy(source: IO[bytes], target: IO[bytes], extent: Extent) -> None:
     source.seek(extent.start)
     target.seek(extent.start)
     left = extent.size
