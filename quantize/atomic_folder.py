@@ -57,6 +57,7 @@ def resumable_folder(
     *,
     overwrite: bool = False,
     is_ours: Callable[[Path], bool] = lambda folder: False,
+    irreplaceable: bool = False,
 ) -> Iterator[tuple[Path, Journal]]:
     """An `atomic_folder` of which a later call finds what an interrupted one had done.
 
@@ -64,8 +65,10 @@ def resumable_folder(
     the block appends to it what it has written and flushed. Both are kept if the process is
     killed, and for whatever leaves the block but a UserError or an OSError: a wrong input and a
     full disk would stop the next call too. A next call with another text `work` (which therefore
-    names everything that the result depends on) begins anew. Raises OutputError as `atomic_folder`
-    does, and while another process is at work on the same destination.
+    names everything that the result depends on) begins anew. What is `irreplaceable`, since its
+    source may be gone, is kept whatever leaves the block, and other work is refused beside it.
+    Raises OutputError as `atomic_folder` does, for that, and while another process is at work on
+    the same destination.
     """
     destination = Path(destination)
     holder = _resumable_holder(destination)
@@ -85,6 +88,12 @@ def resumable_folder(
         except OutputError:
             keep = (holder / _CONTENT).exists()
             raise
+        if irreplaceable and journal.is_new and (holder / _CONTENT).is_dir():
+            keep = True
+            raise OutputError(
+                f"{holder} holds unfinished work of another recipe, source or version; finish it "
+                "with these, or delete that folder to begin anew."
+            )
         shutil.rmtree(replaced, ignore_errors=True)
         if journal.is_new or not (holder / _CONTENT).is_dir():
             shutil.rmtree(holder / _CONTENT, ignore_errors=True)
@@ -92,6 +101,7 @@ def resumable_folder(
             journal.records = []
             _make_content(holder)
             sync(holder)
+        keep = irreplaceable
         yield holder / _CONTENT, journal
         # All is done: what goes wrong now, such as a folder that has meanwhile appeared under
         # the final name, can be put right.

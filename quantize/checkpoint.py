@@ -42,17 +42,19 @@ class Checkpoint:
 
     `folder` is where they are, `config` and `generation_config` the JSON objects beside them
     (`{}` where there is no generation config), `is_quantized` tells an int4 folder of this
-    project, whose whole recipe.json is `recipe` (None otherwise).
+    project, whose whole recipe.json is `recipe` (None otherwise). `missing` are the shards that
+    were not there, in a checkpoint that was opened as a part.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, partial: bool = False):
         self.folder = folder
         self.config: dict = read_json_object(folder / CONFIG_FILE)
         generation_config = folder / GENERATION_CONFIG_FILE
         self.generation_config: dict = (
             read_json_object(generation_config) if generation_config.exists() else {}
         )
-        self._files = SafetensorsFolder(folder)
+        self._files = SafetensorsFolder(folder, partial=partial)
+        self.missing = self._files.missing
         self.recipe: dict | None = _read_recipe(folder / RECIPE_FILE)
         self._quantized: dict[str, _Quantized] = {}
         if self.recipe is not None:
@@ -67,6 +69,10 @@ class Checkpoint:
         """The weights' Hugging Face names, as stored (a tied copy may be absent)."""
         parts = {f"{name}{suffix}" for name in self._quantized for suffix in (".qdata", ".scale")}
         return (self._files.names() - parts) | set(self._quantized)
+
+    def file(self, name: str) -> str:
+        """Name of the file that holds a plain weight."""
+        return self._files.file(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight, without reading it; raises CheckpointError if there is none."""
@@ -158,9 +164,10 @@ class Checkpoint:
         return scale
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, partial: bool = False) -> Checkpoint:
     """Opens a Hugging Face folder or an int4 folder; raises CheckpointError if it is not whole.
 
+    With `partial`, shards of a Hugging Face folder may be missing.
     Headers of all files are checked at once (a truncated shard is found here, not halfway);
     tensors are memory-mapped and read when asked for.
     """
@@ -170,7 +177,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"The checkpoint {folder} {what}; name a folder with {CONFIG_FILE} and safetensors."
         )
-    return Checkpoint(folder)
+    return Checkpoint(folder, partial=partial)
 
 
 class _Quantized:

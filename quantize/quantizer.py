@@ -23,7 +23,6 @@ import torch
 from quantize.atomic_folder import resumable_folder
 from quantize.checkpoint import (
     CONFIG_FILE,
-    FLOAT_TYPES,
     FORMAT,
     GENERATION_CONFIG_FILE,
     RECIPE_FILE,
@@ -34,13 +33,13 @@ from quantize.checkpoint import (
 from quantize.errors import CheckpointError, RecipeError
 from quantize.journal import Journal, work_text
 from quantize.json_files import read_json_object
-from quantize.packing import pack_int4, packed_width
+from quantize.packing import pack_int4
+from quantize.planning import Plan, PlannedWeight, StoredWeight, plan_weights
 from quantize.recipe import Recipe, Scheme
 from quantize.report import (
     QuantizationReport,
     ReportRow,
     layer_of,
-    natural_order,
     report_from_recipe_json,
 )
 from quantize.safetensors_folder import INDEX_FILE, SINGLE_FILE
@@ -54,7 +53,6 @@ COPIED_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-MAX_SHARD_BYTES = 4 * 2**30
 # Rows of a matrix are quantized this many elements at a time: 64 MiB in fp32. Smaller pieces
 # took more memory, not less: glibc returns blocks above 32 MiB at once, and fragments its heap
 # with those below (peak above the program for 65,536 x 2816: 370 MB, with half of it 890 MB).
@@ -76,74 +74,188 @@ def quantize_checkpoint(
     *,
     progress: Progress | None = None,
     overwrite: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> QuantizationReport:
     """Quantizes the Hugging Face folder `source` into the new folder `destination`.
 
     Up to four processors work, each on a piece of at most 64 MiB in fp32 (with min-max scales; on
-    a whole matrix with HQQ's), and no more than two pieces for each are in memory. Output files are
-    reserved at their full size first, so a full disk is found before the work. `destination`
-    appears when it is whole. A call that was killed or interrupted leaves a hidden folder beside
-    it, from which the next call with the same source, recipe and versions goes on after the last
-    whole tensor. `overwrite` replaces an earlier result of this function, nothing else. The same
-    source, recipe and versions give the same bytes, on any number of processors and with any
-    interruptions. Raises CheckpointError, RecipeError and OutputError.
+    a whole matrix with HQQ's), and no more than two pieces for each are in memory. Every shard
+    becomes one of the same name, which is reserved at its full size first, so a full disk is found
+    before the work. `destination` appears when it is whole. A call that was killed or interrupted
+    leaves a hidden folder beside it, from which the next call with the same source, recipe and
+    versions goes on after the last whole tensor. `overwrite` replaces an earlier result of this
+    function, nothing else. The same source, recipe and versions give the same bytes, on any number
+    of processors and with any interruptions. Raises CheckpointError, RecipeError and OutputError.
     """
-    checkpoint = open_checkpoint(source)
+    _quantize(open_checkpoint(source), destination, recipe, progress, overwrite)
+    return read_report(destination)
+
+
+def quantize_available(
+    source: str | Path,
+    destination: str | Path,
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> tuple[str, ...]:
+    """Quantizes the shards of `source` that are there; a later call goes on with others.
+
+    A shard that was quantized is not needed any more, so a checkpoint can be fetched, quantized
+    and deleted shard by shard; index and config.json stay. Gives the names of the shards that are
+    still to come; when there are none, `destination` is there, with the bytes that
+    `quantize_checkpoint` writes. Until then what was done is kept, whatever goes wrong. Raises as
+    `quantize_checkpoint` does, and OutputError for unfinished work of another recipe or version.
+    """
+    checkpoint = open_checkpoint(source, partial=True)
+    try:
+        _quantize(checkpoint, destination, recipe, progress, overwrite, partial=True)
+    except _ShardsMissing as error:
+        return error.files
+    return ()
+
+
+def read_report(folder: str | Path) -> QuantizationReport:
+    """What quantizing an int4 folder did; raises CheckpointError."""
+    return report_from_recipe_json(read_json_object(Path(folder) / RECIPE_FILE))
+
+
+class _ShardsMissing(Exception):
+    """All that is there is done."""
+
+    def __init__(self, files: tuple[str, ...]):
+        super().__init__(files)
+        self.files = files
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    destination: str | Path,
+    recipe: Recipe,
+    progress: Progress | None,
+    overwrite: bool,
+    *,
+    partial: bool = False,
+) -> None:
+    source = checkpoint.folder
     if checkpoint.is_quantized:
         raise CheckpointError(
             f"{source} is quantized already; quantize the checkpoint that it was made from."
         )
-    plan = plan_weights(checkpoint, recipe)
-    shards = _split_into_shards(plan.weights, max_shard_bytes)
-    work = _work(checkpoint.folder, recipe, max_shard_bytes)
-    with resumable_folder(destination, work, overwrite=overwrite, is_ours=_is_quantized_folder) as (
-        folder,
-        journal,
-    ):
+    present = _present_weights(checkpoint)
+    # Before the destination is looked at: the recipe's errors come first.
+    plan = plan_weights(present, recipe, source)
+    if not checkpoint.missing:
+        _refuse_nothing(plan, recipe, source)
+    work = _work(source, recipe)
+    with resumable_folder(
+        destination,
+        work,
+        overwrite=overwrite,
+        is_ours=_is_quantized_folder,
+        irreplaceable=partial,
+    ) as (folder, journal):
+        done = _Done(journal.records)
+        _note_shards(present, source, folder, journal, done)
+        plan = plan_weights(done.stored.values(), recipe, source)
         for name in COPIED_FILES:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
-        writers = [
-            SafetensorsWriter(folder / file, _specs(weights)) for file, weights in shards.items()
-        ]
-        try:
-            writer_of = {
-                weight.name: writer
-                for writer, weights in zip(writers, shards.values(), strict=True)
-                for weight in weights
-            }
-            energies = _write_weights(
-                checkpoint, plan.weights, writer_of, journal, progress or _no_progress
-            )
-            for writer in writers:
-                writer.close()
-        finally:
-            for writer in writers:
-                writer.abandon()
-        if len(shards) > 1:
-            _write_json(folder / INDEX_FILE, _index(shards))
-        rows = [_row(weight, *energies[weight.name]) for weight in plan.weights]
-        document = _recipe_document(recipe, plan, rows)
-        _write_json(folder / RECIPE_FILE, document)
-    return report_from_recipe_json(document)
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        _write_weights(checkpoint, plan, folder, journal, done, progress or _no_progress)
+        undone = {w.stored.file for w in plan.weights if w.name not in done.energies}
+        to_come = tuple(f for f in checkpoint.missing if f not in done.shards or f in undone)
+        if to_come:
+            raise _ShardsMissing(to_come)
+        _refuse_nothing(plan, recipe, source)
+        if [*done.shards] != [SINGLE_FILE]:
+            _write_json(folder / INDEX_FILE, _index(plan))
+        rows = [_row(weight, *done.energies[weight.name]) for weight in plan.weights]
+        _write_json(folder / RECIPE_FILE, _recipe_document(recipe, plan, rows))
 
 
 def _no_progress(done: int, total: int, name: str) -> None:
     """Where nobody asked for it."""
 
 
-def _work(source: Path, recipe: Recipe, max_shard_bytes: int) -> str:
-    """A text that differs whenever the result could."""
-    files = sorted(path for path in source.iterdir() if path.suffix == ".safetensors")
-    files += [source / name for name in (*COPIED_FILES, INDEX_FILE) if (source / name).is_file()]
+def _present_weights(checkpoint: Checkpoint) -> list[StoredWeight]:
+    return [
+        StoredWeight(
+            name,
+            checkpoint.file(name),
+            checkpoint.stored_dtype(name),
+            checkpoint.shape(name),
+            checkpoint.stored_bytes(name),
+        )
+        for name in sorted(checkpoint.names())
+    ]
+
+
+def _refuse_nothing(plan: Plan, recipe: Recipe, source: Path) -> None:
+    if all(weight.scheme is None for weight in plan.weights):
+        raise RecipeError(
+            f"The recipe {recipe.name} quantizes none of the {len(plan.weights)} weights of "
+            f"{source}; give it patterns that match their names."
+        )
+
+
+def _work(source: Path, recipe: Recipe) -> str:
+    """A text that differs whenever the result could, but for the shards: see `_Done`."""
+    names = (*COPIED_FILES, INDEX_FILE)
     return work_text(
-        files,
+        (source / name for name in names if (source / name).is_file()),
         recipe=recipe.to_json(),
         versions=_versions(),
         schema_version=SCHEMA_VERSION,
-        max_shard_bytes=max_shard_bytes,
     )
+
+
+class _Done:
+    """What the journal knows: the shards that were seen, their weights, and which are written.
+
+    `shards` maps a file to the size and time it had, `stored` and `energies` a weight's name to
+    what it is in the source, and to its signal and noise once it is whole in the result.
+    """
+
+    def __init__(self, records: list[dict]):
+        self.shards: dict[str, list[int]] = {}
+        self.stored: dict[str, StoredWeight] = {}
+        self.energies: dict[str, tuple[float, float]] = {}
+        for record in records:
+            if "shard" in record:
+                self.add_shard(record)
+            else:
+                self.energies[record["tensor"]] = record["signal"], record["noise"]
+
+    def add_shard(self, record: dict) -> None:
+        """A shard that is new, or not the one that it was: of that, nothing is done."""
+        file = record["shard"]
+        for name in [name for name, weight in self.stored.items() if weight.file == file]:
+            del self.stored[name]
+            self.energies.pop(name, None)
+        self.shards[file] = record["size_and_time"]
+        for name, dtype, shape, nbytes in record["weights"]:
+            self.stored[name] = StoredWeight(name, file, dtype, tuple(shape), nbytes)
+
+
+def _note_shards(
+    present: list[StoredWeight], source: Path, folder: Path, journal: Journal, done: _Done
+) -> None:
+    """Tells the journal of shards that are new or changed; what was made of the latter goes."""
+    by_file: dict[str, list[StoredWeight]] = {}
+    for weight in present:
+        by_file.setdefault(weight.file, []).append(weight)
+    for file, weights in by_file.items():
+        stat = (source / file).stat()
+        size_and_time = [stat.st_size, stat.st_mtime_ns]
+        if done.shards.get(file) == size_and_time:
+            continue
+        (folder / file).unlink(missing_ok=True)
+        record = {
+            "shard": file,
+            "size_and_time": size_and_time,
+            "weights": [[w.name, w.dtype, list(w.shape), w.nbytes] for w in weights],
+        }
+        journal.append([record])
+        done.add_shard(record)
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -155,99 +267,6 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(linear, _torchao_config(scheme))
     return linear.weight.data
-
-
-@dataclass(frozen=True)
-class PlannedWeight:
-    """One weight of the source, and its scheme with the final group size (None: kept)."""
-
-    name: str
-    shape: tuple[int, ...]
-    stored_dtype: str
-    bytes_before: int
-    scheme: Scheme | None
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The tensors that it becomes on disk."""
-        if self.scheme is None:
-            return {self.name: TensorSpec(self.stored_dtype, self.shape)}
-        *outer, width = self.shape
-        if self.scheme.bits == 4:
-            qdata = TensorSpec("U8", (*outer, packed_width(width)))
-        else:
-            qdata = TensorSpec("I8", self.shape)
-        groups = width // (self.scheme.group_size or width)
-        scale_dtype = {"bfloat16": "BF16", "float32": "F32"}[self.scheme.scale_dtype]
-        scale = TensorSpec(scale_dtype, (*outer, groups))
-        return {f"{self.name}.qdata": qdata, f"{self.name}.scale": scale}
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes that it takes on disk, its scales included."""
-        return sum(spec.nbytes for spec in self.specs.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every weight that will be written, layer by layer, and notes on what is unusual."""
-
-    weights: tuple[PlannedWeight, ...]
-    notes: tuple[str, ...]
-
-
-def plan_weights(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Decides on every weight from names and shapes alone, before any is read.
-
-    Raises RecipeError for a weight that cannot take its scheme and for a recipe that quantizes
-    nothing, CheckpointError for a type that cannot be quantized.
-    """
-    weights: list[PlannedWeight] = []
-    skipped: dict[str, list[int]] = {}
-    smaller: dict[str, list[str]] = {}
-    unnamed: list[str] = []
-    for name in sorted(checkpoint.names(), key=natural_order):
-        shape, stored_dtype = checkpoint.shape(name), checkpoint.stored_dtype(name)
-        bytes_before = checkpoint.stored_bytes(name)
-        rule = recipe.rule_for(name)
-        scheme = None
-        if rule is None:
-            if len(shape) > 1:
-                unnamed.append(name)
-        elif rule.treatment == "skip":
-            skipped.setdefault(", ".join(rule.patterns), []).append(bytes_before)
-            continue
-        elif isinstance(rule.treatment, Scheme):
-            scheme = rule.treatment.for_shape(name, shape)
-            if stored_dtype not in FLOAT_TYPES:
-                raise CheckpointError(
-                    f"Tensor {name} of {checkpoint.folder} is stored as {stored_dtype}, which "
-                    "cannot be quantized; start from bfloat16, float16 or float32."
-                )
-            if scheme.group_size != rule.treatment.group_size:
-                change = f"{scheme.group_size} instead of {rule.treatment.group_size}"
-                smaller.setdefault(change, []).append(name)
-        weights.append(PlannedWeight(name, shape, stored_dtype, bytes_before, scheme))
-    if all(weight.scheme is None for weight in weights):
-        raise RecipeError(
-            f"The recipe {recipe.name} quantizes none of the {len(weights)} weights of "
-            f"{checkpoint.folder}; give it patterns that match their names."
-        )
-    notes = [
-        f"skipped {len(sizes)} tensors ({sum(sizes):,} bytes) that match {patterns}"
-        for patterns, sizes in skipped.items()
-    ]
-    notes += [
-        f"group size {change} for {len(names)} weights whose inputs it does not divide, "
-        f"the first being {names[0]}"
-        for change, names in smaller.items()
-    ]
-    if unnamed:
-        notes.append(
-            f"kept {len(unnamed)} tensors of two or more axes that no rule names, "
-            f"the first being {unnamed[0]}"
-        )
-    return Plan(tuple(weights), tuple(notes))
 
 
 @functools.cache
@@ -297,7 +316,9 @@ class _Piece:
         shape = self.weight.shape
         if self.index is not None:
             return math.prod(shape[1:])
-        return math.prod(shape) if self.rows is None else shape[1] * (self.rows[1] - self.rows[0])
+        return (
+            self.weight.elements if self.rows is None else shape[1] * (self.rows[1] - self.rows[0])
+        )
 
 
 @dataclass(frozen=True)
@@ -354,8 +375,8 @@ def _quantize_piece(checkpoint: Checkpoint, piece: _Piece) -> _Quantized:
 class _Finished:
     """Weights that are whole in their files: flushes them, and only then tells the journal."""
 
-    def __init__(self, writer_of: dict[str, SafetensorsWriter], journal: Journal):
-        self._writer_of = writer_of
+    def __init__(self, writers: dict[str, SafetensorsWriter], journal: Journal):
+        self._writers = writers
         self._journal = journal
         self._waiting: list[tuple[PlannedWeight, float, float]] = []
         self._flushed_at = time.monotonic()
@@ -368,8 +389,8 @@ class _Finished:
             self.flush()
 
     def flush(self) -> None:
-        for writer in {self._writer_of[weight.name] for weight, _, _ in self._waiting}:
-            writer.flush()
+        for file in {weight.stored.file for weight, _, _ in self._waiting}:
+            self._writers[file].flush()
         self._journal.append(
             {"tensor": weight.name, "signal": signal, "noise": noise}
             for weight, signal, noise in self._waiting
@@ -380,25 +401,50 @@ class _Finished:
 
 def _write_weights(
     checkpoint: Checkpoint,
-    weights: tuple[PlannedWeight, ...],
-    writer_of: dict[str, SafetensorsWriter],
+    plan: Plan,
+    folder: Path,
     journal: Journal,
+    done: _Done,
     progress: Progress,
-) -> dict[str, tuple[float, float]]:
-    """Writes the weights that the journal does not have yet; gives signal and noise of all."""
-    energies = {entry["tensor"]: (entry["signal"], entry["noise"]) for entry in journal.records}
-    done, total = 0, sum(weight.bytes_before for weight in weights)
-    for weight in weights:
-        if weight.name in energies:
-            done += weight.bytes_before
-            for part in weight.specs:
-                writer_of[weight.name].skip(part)
-    if done:
-        progress(done, total, "done before")
-    todo = [weight for weight in weights if weight.name not in energies]
+) -> None:
+    """Writes the weights that are not done yet, into files as the plan says."""
+    writers: dict[str, SafetensorsWriter] = {}
+    try:
+        for file, weights in plan.by_file.items():
+            if file in checkpoint.missing or all(w.name in done.energies for w in weights):
+                continue
+            writers[file] = writer = SafetensorsWriter(folder / file, _specs(weights))
+            for weight in weights:
+                if weight.name in done.energies:
+                    for part in weight.specs:
+                        writer.skip(part)
+        _write_pieces(checkpoint, plan, writers, journal, done, progress)
+        for writer in writers.values():
+            writer.close()
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+
+
+def _write_pieces(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    writers: dict[str, SafetensorsWriter],
+    journal: Journal,
+    done: _Done,
+    progress: Progress,
+) -> None:
+    total = sum(weight.stored.nbytes for weight in plan.weights)
+    undone = [weight for weight in plan.weights if weight.name not in done.energies]
+    done_bytes = total - sum(weight.stored.nbytes for weight in undone)
+    todo = [weight for weight in undone if weight.stored.file in writers]
+    if done_bytes:
+        progress(done_bytes, total, "done before")
+    if not todo:
+        return
     import torchao.quantization  # noqa: F401 (once, before the threads)
 
-    finished = _Finished(writer_of, journal)
+    finished = _Finished(writers, journal)
     signal = noise = 0.0
     try:
         with closing(
@@ -412,25 +458,24 @@ def _write_weights(
             for piece, quantized in results:
                 weight = piece.weight
                 for part, tensor in quantized.parts.items():
-                    writer_of[weight.name].append(part, tensor)
+                    writers[weight.stored.file].append(part, tensor)
                 signal, noise = signal + quantized.signal, noise + quantized.noise
-                done += weight.bytes_before * piece.elements // (math.prod(weight.shape) or 1)
+                done_bytes += weight.stored.nbytes * piece.elements // (weight.elements or 1)
                 if piece.is_last:
-                    energies[weight.name] = signal, noise
+                    done.energies[weight.name] = signal, noise
                     finished.add(weight, signal, noise)
                     signal = noise = 0.0
-                progress(done, total, weight.name)
+                progress(done_bytes, total, weight.name)
     finally:
         finished.flush()
-    return energies
 
 
 def _row(weight: PlannedWeight, signal: float, noise: float) -> ReportRow:
     return ReportRow(
         weight.name,
         "kept" if weight.scheme is None else weight.scheme.label,
-        math.prod(weight.shape),
-        weight.bytes_before,
+        weight.elements,
+        weight.stored.nbytes,
         weight.bytes_after,
         signal,
         noise,
@@ -442,33 +487,14 @@ def _energy(matrix: torch.Tensor) -> float:
     return float(matrix.square().sum(dim=1).sum(dtype=torch.float64))
 
 
-def _split_into_shards(
-    weights: tuple[PlannedWeight, ...], max_bytes: int
-) -> dict[str, list[PlannedWeight]]:
-    groups: list[list[PlannedWeight]] = [[]]
-    filled = 0
-    for weight in weights:
-        if groups[-1] and filled + weight.bytes_after > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(weight)
-        filled += weight.bytes_after
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {
-        f"model-{number:05}-of-{len(groups):05}.safetensors": group
-        for number, group in enumerate(groups, start=1)
-    }
-
-
 def _specs(weights: list[PlannedWeight]) -> dict[str, TensorSpec]:
     return {name: spec for weight in weights for name, spec in weight.specs.items()}
 
 
-def _index(shards: dict[str, list[PlannedWeight]]) -> dict:
+def _index(plan: Plan) -> dict:
     return {
-        "metadata": {"total_size": sum(w.bytes_after for ws in shards.values() for w in ws)},
-        "weight_map": {name: file for file, ws in shards.items() for name in _specs(ws)},
+        "metadata": {"total_size": sum(weight.bytes_after for weight in plan.weights)},
+        "weight_map": {name: w.stored.file for w in plan.weights for name in w.specs},
     }
 
 

@@ -48,21 +48,27 @@ _MAPPED_BYTES = 256 * 2**20
 class SafetensorsFolder:
     """Every tensor of a folder by name; opening it checks all headers against the files' sizes.
 
-    Several threads may read.
+    With `partial`, files that the index names may be missing: `missing` has their names in order,
+    and their tensors are not among `names`. Several threads may read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, partial: bool = False):
         self.folder = folder
         self._file_of: dict[str, str] = {}
         self._handles: dict[str, safe_open] = {}
         self._bytes_read: Counter[str] = Counter()
         self._reading = threading.Lock()
+        self.missing: tuple[str, ...] = ()
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
         if single.exists():
             self._file_of = {name: SINGLE_FILE for name in self._open(SINGLE_FILE)}
         elif index.exists():
             self._file_of = _read_index(index)
-            present = {file: self._open(file) for file in sorted(set(self._file_of.values()))}
+            files = sorted(set(self._file_of.values()))
+            if partial:
+                self.missing = tuple(file for file in files if not (folder / file).exists())
+                self._file_of = {n: f for n, f in self._file_of.items() if f not in self.missing}
+            present = {file: self._open(file) for file in files if file not in self.missing}
             for name, file in self._file_of.items():
                 if name not in present[file]:
                     raise CheckpointError(
@@ -96,6 +102,10 @@ class SafetensorsFolder:
     def names(self) -> set[str]:
         """All tensor names."""
         return set(self._file_of)
+
+    def file(self, name: str) -> str:
+        """Name of the file that holds a tensor; raises KeyError if there is none."""
+        return self._file_of[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of

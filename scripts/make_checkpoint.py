@@ -276,6 +276,8 @@ def _write_json_files(checkpoint: RandomCheckpoint, folder: Path) -> None:
         }
     for name, document in documents.items():
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+        if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") == text:
+            continue  # its time is what tells a quantizer at work that it is the same
         temporary = folder / f".{name}.partial"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / name)

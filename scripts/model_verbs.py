@@ -63,6 +63,13 @@ def quantize(
         Literal["minmax", "hqq"] | None,
         typer.Option(help="How a named recipe's 4-bit scales are found (default: minmax)."),
     ] = None,
+    available: Annotated[
+        bool,
+        typer.Option(
+            help="Quantize the shards that are there and keep the work for those to come; a shard "
+            "that is done may be deleted."
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -71,12 +78,19 @@ def quantize(
     After an interruption the same command goes on with the weight at which it was.
     """
     chosen = _recipe(recipe, algorithm)
-    from quantize.quantizer import quantize_checkpoint
+    from quantize.quantizer import quantize_available, quantize_checkpoint, read_report
 
+    missing: tuple[str, ...] = ()
     with _resumable(destination), reporting("quantizing") as progress:
-        report = quantize_checkpoint(
-            source, destination, chosen, progress=progress, overwrite=overwrite
-        )
+        options = {"progress": progress, "overwrite": overwrite}
+        if available:
+            missing = quantize_available(source, destination, chosen, **options)
+        else:
+            quantize_checkpoint(source, destination, chosen, **options)
+    if missing:
+        _print_missing(missing, source, destination, as_json)
+        return
+    report = read_report(destination)
     total, layers = report.total(), report.by_layer()
     if as_json:
         rows = [
@@ -122,6 +136,19 @@ def quantize(
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"wrote {destination}", soft_wrap=True)
+
+
+def _print_missing(
+    missing: tuple[str, ...], source: Path, destination: Path, as_json: bool
+) -> None:
+    if as_json:
+        print_json({"destination": None, "missing": list(missing)})
+        return
+    out_console().print(
+        f"quantized what is there; {len(missing)} shards are to come, the first {missing[0]}: "
+        f"put them into {source} and give the same command, by which {destination} appears",
+        soft_wrap=True,
+    )
 
 
 @contextmanager

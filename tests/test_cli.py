@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,37 @@ def test_quantize_prints_a_row_per_layer_and_writes_a_checkpoint(
     assert run(command("quantize", checkpoint, tmp_path / "int4", "--overwrite")) == 0
     text = capfd.readouterr().out
     assert "layers.2" in text and "dB" in text and "total" in text
+
+
+def test_quantize_takes_a_checkpoint_shard_by_shard(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    half = {
+        "a.safetensors": {n: w for n, w in weights.items() if ".layers.0." in n},
+        "b.safetensors": {n: w for n, w in weights.items() if ".layers.0." not in n},
+    }
+    index = {name: file for file, part in half.items() for name in part}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    quantize = command("quantize", source, tmp_path / "int4", "--available")
+    save_file(half["a.safetensors"], source / "a.safetensors")
+    assert run(quantize) == 0
+    assert "1 shards are to come, the first b.safetensors" in capfd.readouterr().out
+    assert run([*quantize, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert document == {"destination": None, "missing": ["b.safetensors"]}
+    (source / "a.safetensors").unlink()
+    save_file(half["b.safetensors"], source / "b.safetensors")
+    assert run(quantize) == 0
+    assert "layers.2" in capfd.readouterr().out
+    assert run(command("quantize", checkpoint, tmp_path / "whole")) == 0
+    reports = [(tmp_path / name / "recipe.json").read_text() for name in ("int4", "whole")]
+    assert reports[0] == reports[1]
 
 
 def test_quantize_takes_a_recipe_from_a_file_and_an_algorithm_by_name(

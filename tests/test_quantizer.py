@@ -200,18 +200,53 @@ def test_kept_weights_keep_every_bit(tmp_path):
     assert checkpoint.get(_NORM).dtype == torch.float32
 
 
-@pytest.mark.parametrize("max_shard_bytes", [1, 3000, 10**9])
-def test_shards_hold_the_same_tensors_as_one_file(tmp_path, max_shard_bytes):
-    source = _source(tmp_path / "in")
-    quantize_checkpoint(source, tmp_path / "one", preset())
-    quantize_checkpoint(source, tmp_path / "many", preset(), max_shard_bytes=max_shard_bytes)
-    files = list((tmp_path / "many").glob("*.safetensors"))
-    assert len(files) == {1: 4, 3000: 3, 10**9: 1}[max_shard_bytes]
+def _in_shards(folder: Path, shards: list[list[str]]) -> Path:
+    """The small checkpoint with these weights in files `model-1-of-N.safetensors`, ..."""
+    source = _source(folder)
+    (source / "model.safetensors").unlink()
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number}-of-{len(shards)}.safetensors"
+        save_file({name: _small()[name] for name in names}, source / file)
+        weight_map |= dict.fromkeys(names, file)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return source
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        [[_NORM], [_EMBEDDING], [_LINEAR], [_EXPERTS]],
+        [[_EXPERTS, _NORM], [_EMBEDDING, _LINEAR]],
+        [[_EXPERTS, _NORM, _EMBEDDING, _LINEAR]],
+    ],
+)
+def test_every_shard_becomes_one_with_the_same_tensors(tmp_path, shards):
+    quantize_checkpoint(_source(tmp_path / "in"), tmp_path / "one", preset())
+    source = _in_shards(tmp_path / "shards", shards)
+    quantize_checkpoint(source, tmp_path / "many", preset())
+    files = {path.name for path in (tmp_path / "many").glob("*.safetensors")}
+    assert files == {path.name for path in source.glob("*.safetensors")}
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    size = sum(open_checkpoint(tmp_path / "many").stored_bytes(name) for name in _small())
+    assert index["metadata"] == {"total_size": size}
     one, many = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "many")
     assert one.names() == many.names()
     for name in (_LINEAR, _EXPERTS, _EMBEDDING):
         _assert_identical(many.get(name), one.get(name))
     assert torch.equal(many.get(_NORM), one.get(_NORM))
+    recipes = [
+        json.loads((tmp_path / name / "recipe.json").read_text()) for name in ("one", "many")
+    ]
+    assert recipes[0] == recipes[1]
+
+
+def test_a_shard_of_which_all_is_skipped_becomes_none(tmp_path):
+    source = _in_shards(tmp_path / "in", [[_NORM], [_EXPERTS, _EMBEDDING, _LINEAR]])
+    recipe = Recipe("mine", (Rule((_NORM,), "skip"), Rule(("*",), Scheme(bits=8))))
+    quantize_checkpoint(source, tmp_path / "out", recipe)
+    assert open_checkpoint(tmp_path / "out").names() == {_EXPERTS, _EMBEDDING, _LINEAR}
+    assert not (tmp_path / "out/model-1-of-2.safetensors").exists()
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,10 @@ from quantize.atomic_folder import resumable_folder, unfinished_work
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError, OutputError
 from quantize.journal import Journal
-from quantize.quantizer import quantize_checkpoint
+from quantize.quantizer import quantize_available, quantize_checkpoint
 from quantize.recipe import preset
 
 ROOT = Path(__file__).parents[1]
-MAX_SHARD_BYTES = 3000
 _NAMES = (
     "model.embed_tokens.weight",
     "model.layers.0.experts.down_proj",
@@ -31,6 +31,8 @@ _NAMES = (
     "model.layers.1.experts.down_proj",
     "model.norm.weight",
 )
+_SHARDS = {"model-1-of-2.safetensors": _NAMES[1::2], "model-2-of-2.safetensors": _NAMES[0::2]}
+_INDEX = "model.safetensors.index.json"
 
 
 def _source(folder: Path) -> Path:
@@ -41,8 +43,15 @@ def _source(folder: Path) -> Path:
         zip(_NAMES, [(32, 128), (4, 8, 128), (24, 128), (3, 16, 128), (128,)], strict=True)
     )
     tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors")
+    for file, names in _SHARDS.items():
+        save_file({name: tensors[name] for name in names}, folder / file)
+    index = {name: file for file, names in _SHARDS.items() for name in names}
+    (folder / _INDEX).write_text(json.dumps({"weight_map": index}))
     return folder
+
+
+def _change(shard: Path, **changes: torch.Tensor) -> None:
+    save_file(load_file(shard) | changes, shard)
 
 
 def _quantize(tmp_path: Path, name: str, **options) -> list[tuple[int, int, str]]:
@@ -52,7 +61,6 @@ def _quantize(tmp_path: Path, name: str, **options) -> list[tuple[int, int, str]
         tmp_path / "in",
         tmp_path / name,
         options.pop("recipe", preset()),
-        max_shard_bytes=MAX_SHARD_BYTES,
         progress=lambda *call: calls.append(call),
         **options,
     )
@@ -99,10 +107,9 @@ def quantize(folder, moment):
     quantizer._FLUSH_AFTER_S = 0.0
     quantizer.quantize_checkpoint(
         sys.argv[1] + "/in", sys.argv[1] + "/" + folder, preset(), progress=progress,
-        max_shard_bytes=int(sys.argv[2]),
     )
 
-for number, moment in enumerate(sys.argv[3:]):
+for number, moment in enumerate(sys.argv[2:]):
     child = os.fork()
     if child == 0:
         quantize("out-%d" % number, moment)
@@ -118,7 +125,7 @@ def killed(tmp_path_factory) -> Path:
     _source(folder / "in")
     _quantize(folder, "whole")
     ended = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(folder), str(MAX_SHARD_BYTES), *_MOMENTS.values()],
+        [sys.executable, "-c", _KILLED, str(folder), *_MOMENTS.values()],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -159,9 +166,7 @@ def test_what_a_kill_leaves_is_finished_to_the_same_bytes(killed, moment, monkey
         "in the second experts": 3,
     }.get(moment, 5)
     assert sorted(set(worked_on)) == sorted(_NAMES[whole:])
-    sizes = [
-        tensor.nbytes for tensor in map(load_file(killed / "in/model.safetensors").get, _NAMES)
-    ]
+    sizes = [open_checkpoint(killed / "in").stored_bytes(name) for name in _NAMES]
     assert calls[0][:2] == (sum(sizes[:whole]), sum(sizes))
     assert [call[0] for call in calls] == sorted(call[0] for call in calls)
 
@@ -175,10 +180,7 @@ def _interrupt(tmp_path: Path, after: int, error: type[BaseException] = Keyboard
             raise error
 
     with pytest.raises(error):
-        quantize_checkpoint(
-            tmp_path / "in", tmp_path / "out", preset(), progress=progress,
-            max_shard_bytes=MAX_SHARD_BYTES,
-        )  # fmt: skip
+        quantize_checkpoint(tmp_path / "in", tmp_path / "out", preset(), progress=progress)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
@@ -217,36 +219,139 @@ def _raise(*call):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("change", ["recipe", "source", "config", "shards"])
+@pytest.mark.parametrize("change", ["recipe", "config", "index"])
 def test_other_work_is_begun_anew(tmp_path, change):
     source = _source(tmp_path / "in")
     _interrupt(tmp_path, 6)
-    recipe, size = preset(), MAX_SHARD_BYTES
+    recipe = preset()
     if change == "recipe":
         recipe = preset("int4-g64")
-    elif change == "source":
-        tensors = load_file(source / "model.safetensors")
-        save_file({name: t + 1 for name, t in tensors.items()}, source / "model.safetensors")
     elif change == "config":
         (source / "config.json").write_text('{"model_type": "other"}')
     else:
-        size = 10**9
-    calls = []
-    quantize_checkpoint(
-        source, tmp_path / "out", recipe, max_shard_bytes=size,
-        progress=lambda *call: calls.append(call),
-    )  # fmt: skip
+        (source / _INDEX).write_text((source / _INDEX).read_text() + " ")
+    calls = _quantize(tmp_path, "out", recipe=recipe)
     assert {call[2] for call in calls} == set(_NAMES)
-    quantize_checkpoint(source, tmp_path / "whole", recipe, max_shard_bytes=size)
+    _quantize(tmp_path, "whole", recipe=recipe)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_of_a_shard_that_changed_nothing_is_kept(tmp_path):
+    source = _source(tmp_path / "in")
+    _interrupt(tmp_path, 9)
+    first = next(iter(_SHARDS))
+    # Smaller than before, and of other weights.
+    _change(source / first, **{_NAMES[1]: torch.randn(3, 4, 64)})
+    calls = _quantize(tmp_path, "out")
+    assert {call[2] for call in calls} == {"done before", *_SHARDS[first], _NAMES[4]}
+    _quantize(tmp_path, "whole")
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
 
 
 def test_a_wrong_weight_removes_what_was_done(tmp_path):
     source = _source(tmp_path / "in")
-    tensors = load_file(source / "model.safetensors")
-    tensors[_NAMES[3]][1, 2, 3] = float("nan")
-    save_file(tensors, source / "model.safetensors")
+    _spoil(source)
     with pytest.raises(CheckpointError, match="not finite"):
+        _quantize(tmp_path, "out")
+    assert _hidden(tmp_path) == []
+
+
+def _spoil(source: Path) -> None:
+    shard = source / "model-1-of-2.safetensors"
+    weight = load_file(shard)[_NAMES[3]]
+    weight[1, 2, 3] = float("nan")
+    _change(shard, **{_NAMES[3]: weight})
+
+
+# Shard by shard.
+
+
+def _available(tmp_path: Path, recipe=None, **options) -> tuple[str, ...]:
+    return quantize_available(tmp_path / "in", tmp_path / "out", recipe or preset(), **options)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_shards_that_come_and_go_give_the_bytes_of_the_whole(tmp_path, order):
+    source = _source(tmp_path / "in")
+    _quantize(tmp_path, "whole")
+    away = tmp_path / "away"
+    away.mkdir()
+    files = [list(_SHARDS)[number] for number in order]
+    for file in files:
+        (source / file).rename(away / file)
+    assert _available(tmp_path) == tuple(_SHARDS)
+    for number, file in enumerate(files):
+        shutil.copyfile(away / file, source / file)
+        assert _available(tmp_path) == tuple(files[number + 1 :])
+        (source / file).unlink()
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+    assert _hidden(tmp_path) == []
+
+
+def test_a_shard_that_an_interruption_cut_short_is_gone_on_with(tmp_path):
+    source = _source(tmp_path / "in")
+    _quantize(tmp_path, "whole")
+    second = source / "model-2-of-2.safetensors"
+    data = second.read_bytes()
+    second.unlink()
+    calls = []
+
+    def interrupt(*call):
+        calls.append(call)
+        if call[2] == _NAMES[3]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _available(tmp_path, progress=interrupt)
+    calls.clear()
+    assert _available(tmp_path, progress=lambda *call: calls.append(call)) == (second.name,)
+    assert {call[2] for call in calls} == {"done before", _NAMES[3]}
+    (source / "model-1-of-2.safetensors").unlink()
+    second.write_bytes(data)
+    assert _available(tmp_path) == ()
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_a_shard_that_went_before_it_was_done_is_asked_for(tmp_path):
+    source = _source(tmp_path / "in")
+    first = source / "model-1-of-2.safetensors"
+    data = first.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        _available(tmp_path, progress=_raise)
+    first.unlink()
+    assert _available(tmp_path) == (first.name,)
+    first.write_bytes(data)
+    assert _available(tmp_path) == ()
+    _quantize(tmp_path, "whole")
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_work_whose_source_may_be_gone_is_not_thrown_away(tmp_path):
+    source = _source(tmp_path / "in")
+    second = source / "model-2-of-2.safetensors"
+    data = second.read_bytes()
+    second.unlink()
+    _available(tmp_path)
+    first = (source / "model-1-of-2.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="unfinished work of another recipe"):
+        _available(tmp_path, preset("int4-g64"))
+    _spoil(source)
+    with pytest.raises(CheckpointError, match="not finite"):
+        _available(tmp_path)
+    # The changed shard is what is lost.
+    (source / "model-1-of-2.safetensors").write_bytes(first)
+    second.write_bytes(data)
+    calls = []
+    assert _available(tmp_path, progress=lambda *call: calls.append(call)) == ()
+    assert {call[2] for call in calls} == set(_NAMES)
+    _quantize(tmp_path, "whole")
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_without_being_asked_for_parts_a_missing_shard_is_an_error(tmp_path):
+    source = _source(tmp_path / "in")
+    (source / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing, though"):
         _quantize(tmp_path, "out")
     assert _hidden(tmp_path) == []
 
