@@ -51,6 +51,7 @@ from export.staging import (
     MASKED_HEAD_INPUTS,
     MASKED_HEAD_OUTPUTS,
     StagedModel,
+    StageModule,
 )
 from export.uniform_diffusion import (
     HeadOutput,
@@ -67,7 +68,7 @@ _SCALAR_TYPES = {
 
 
 @dataclass(frozen=True)
-class _LoadedStage:
+class LoadedStage:
     """A stage that can be run: `run` takes and gives tensors in the order of the names."""
 
     name: str
@@ -91,8 +92,8 @@ class LoadedStages:
     def __init__(
         self,
         info: ModelInfo,
-        layers: Sequence[_LoadedStage],
-        head: _LoadedStage,
+        layers: Sequence[LoadedStage],
+        head: LoadedStage,
         *,
         decoding: Decoding | None = None,
         schedule: Sequence[Call] = (),
@@ -122,9 +123,7 @@ class LoadedStages:
         return self._head(named)
 
 
-def _planned(
-    stage: _LoadedStage, call: Call
-) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+def _planned(stage: LoadedStage, call: Call) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     """The stage with the names and the constants of one call of the schedule."""
     constants = {name: torch.tensor([value]) for name, value in call.constants.items()}
     inputs = [(name, call.inputs.get(name, name)) for name in stage.inputs]
@@ -295,8 +294,8 @@ class EagerModel(UniformDiffusionTensors):
         super().__init__(
             LoadedStages(
                 info,
-                [_LoadedStage("layers", LAYERS_INPUTS, LAYERS_OUTPUTS, _eager(layers_module))],
-                _LoadedStage("head", HEAD_INPUTS, HEAD_OUTPUTS, _eager(head_module)),
+                [LoadedStage("layers", LAYERS_INPUTS, LAYERS_OUTPUTS, _eager(layers_module))],
+                LoadedStage("head", HEAD_INPUTS, HEAD_OUTPUTS, _eager(head_module)),
             )
         )
 
@@ -321,10 +320,7 @@ class BundleModel(UniformDiffusionTensors):
 
 def eager_stages(staged: StagedModel) -> LoadedStages:
     """A model's stages as its family builds them, run by PyTorch without being lowered."""
-    *layers, head = (
-        _LoadedStage(stage.name, stage.input_names, stage.output_names, _eager(stage.load()))
-        for stage in staged.stages
-    )
+    *layers, head = (eager_stage(stage) for stage in staged.stages)
     return LoadedStages(
         staged.info, layers, head, decoding=staged.decoding, schedule=staged.schedule
     )
@@ -359,10 +355,8 @@ def load_stages(
     runtime = _load_executorch(threads)
     with nullcontext() if memory is None else loading(bundle, memory) as weights:
         loaded = [
-            _LoadedStage(
-                stage.name,
-                tuple(spec.name for spec in stage.inputs),
-                tuple(spec.name for spec in stage.outputs),
+            _loaded(
+                stage,
                 _with_weights(weights, number, _load_method(runtime, bundle, stage, weights)),
             )
             for number, stage in enumerate(manifest.stages)
@@ -377,6 +371,26 @@ def load_stages(
         schedule=manifest.schedule,
         threads=runtime._threadpool_get_thread_count(),
         weights=weights,
+    )
+
+
+def load_stage(bundle: Bundle, stage: Stage, threads: int | None = None) -> LoadedStage:
+    """One stage by itself, as `load_stages` loads it; it takes memory while it is referred to."""
+    run = _load_method(_load_executorch(threads), bundle, stage, None)
+    return _loaded(stage, run)
+
+
+def eager_stage(stage: StageModule) -> LoadedStage:
+    """One stage as its family builds it, run by PyTorch."""
+    return LoadedStage(stage.name, stage.input_names, stage.output_names, _eager(stage.load()))
+
+
+def _loaded(stage: Stage, run: Callable[[list[Tensor]], Sequence[Tensor]]) -> LoadedStage:
+    return LoadedStage(
+        stage.name,
+        tuple(spec.name for spec in stage.inputs),
+        tuple(spec.name for spec in stage.outputs),
+        run,
     )
 
 
