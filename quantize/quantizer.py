@@ -53,10 +53,11 @@ COPIED_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-# Rows of a matrix are quantized this many elements at a time: 64 MiB in fp32. Smaller pieces
-# took more memory, not less: glibc returns blocks above 32 MiB at once, and fragments its heap
-# with those below (peak above the program for 65,536 x 2816: 370 MB, with half of it 890 MB).
-_PIECE_ELEMENTS = 2**24
+# Rows of a matrix are quantized this many elements at a time, 16 MiB in fp32 (an expert of
+# DiffusionGemma 26B-A4B has as many), and no more than so many are in work or wait to be written,
+# however many processors there are. Quantizing a piece takes some 120 MB.
+_PIECE_ELEMENTS = 2**22
+_ELEMENTS_IN_ALL = 32 * _PIECE_ELEMENTS
 # Of finished tensors, so much output or so much time is flushed together: what a kill may cost
 # beside the tensor in work.
 _FLUSH_BYTES = 64 * 2**20
@@ -77,8 +78,8 @@ def quantize_checkpoint(
 ) -> QuantizationReport:
     """Quantizes the Hugging Face folder `source` into the new folder `destination`.
 
-    Up to four processors work, each on a piece of at most 64 MiB in fp32 (with min-max scales; on
-    a whole matrix with HQQ's), and no more than two pieces for each are in memory. Every shard
+    All processors work, each on a piece of at most 16 MiB in fp32 (with min-max scales; on a whole
+    matrix with HQQ's), as long as no more than thirty-two such pieces are in memory. Every shard
     becomes one of the same name, which is reserved at its full size first, so a full disk is found
     before the work. `destination` appears when it is whole. A call that was killed or interrupted
     leaves a hidden folder beside it, from which the next call with the same source, recipe and
@@ -452,7 +453,7 @@ def _write_pieces(
                 functools.partial(_quantize_piece, checkpoint),
                 (piece for weight in todo for piece in _pieces(weight)),
                 size=lambda piece: piece.elements,
-                size_of_two=2 * _PIECE_ELEMENTS,
+                size_in_all=_ELEMENTS_IN_ALL,
             )
         ) as results:
             for piece, quantized in results:

@@ -13,35 +13,31 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Each may take some 500 MB of temporaries; more threads would mostly wait for the disk.
-MOST_THREADS = 4
-
 
 def in_order(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     *,
     size: Callable[[Item], int],
-    size_of_two: int,
+    size_in_all: int,
 ) -> Iterator[tuple[Item, Result]]:
     """Yields each item with `work(item)`, of which threads do the next ones meanwhile.
 
-    There is a thread for each processor, four at most, in which torch's operators use no further
-    ones: whole items side by side leave no processor waiting between two operators, and no sum
-    depends on how many processors there are. At a time no more than two items for each thread are
-    in work or waiting, and no more than `size_of_two` for each thread in all, or a single larger
-    one. Close the iterator (`contextlib.closing`) to have the threads end. Raises what `work`
-    raises, at its item.
+    There is a thread for each processor, in which torch's operators use no further ones: whole
+    items side by side leave no processor waiting between two operators, and no sum depends on how
+    many processors there are. At a time no more than two items for each thread are in work or
+    waiting, and no more than `size_in_all` together, or a single larger one. Close the iterator
+    (`contextlib.closing`) to have the threads end. Raises what `work` raises, at its item.
     """
     before = torch.get_num_threads()
-    count = min(_processors(), MOST_THREADS)
+    count = _processors()
     executor = ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1))
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     waiting_size = 0
     try:
         for item in items:
             while waiting and (
-                len(waiting) >= 2 * count or waiting_size + size(item) > count * size_of_two
+                len(waiting) >= 2 * count or waiting_size + size(item) > size_in_all
             ):
                 first, future = waiting.popleft()
                 waiting_size -= size(first)

@@ -37,6 +37,9 @@ from scripts.random_weights import CHUNK, chunks, values
 MAX_SHARD_BYTES = 5_000_000_000
 """What `save_pretrained` took until transformers 5, and released checkpoints have."""
 
+MOST_CHUNKS = 32
+"""Of 8 MiB, drawn ahead of the one that is written."""
+
 # Called with bytes done, bytes in all, and the weight just written.
 Progress = Callable[[int, int, str], None]
 
@@ -183,7 +186,7 @@ def _write_file(
 
     try:
         with closing(
-            in_order(draw, pieces(), size=lambda piece: CHUNK, size_of_two=2 * CHUNK)
+            in_order(draw, pieces(), size=lambda piece: CHUNK, size_in_all=MOST_CHUNKS * CHUNK)
         ) as drawn:
             for (name, _), tensor in drawn:
                 writer.append(name, tensor)
