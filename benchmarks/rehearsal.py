@@ -37,7 +37,7 @@ from export.bundle import open_bundle
 from export.plan.presets import read_config
 from export.process import processor_name
 from quantize.checkpoint import RECIPE_FILE
-from scripts.make_checkpoint import RandomCheckpoint, plan_checkpoint
+from scripts.make_checkpoint import MAX_SHARD_BYTES, RandomCheckpoint, plan_checkpoint
 
 GIB = 2**30
 DISK_INTERVAL_S = 0.5
@@ -50,10 +50,15 @@ def main() -> None:
     parser.add_argument("--recipe", default="int4-g32-embed4")
     parser.add_argument("--layers", type=int, help="cut the model to its first layers")
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = plan_checkpoint(read_config(arguments.model)[1], layers=arguments.layers)
+    checkpoint = plan_checkpoint(
+        read_config(arguments.model)[1],
+        layers=arguments.layers,
+        max_shard_bytes=arguments.max_shard_bytes,
+    )
     rehearse(arguments, checkpoint, Log(work))
     _report(arguments, checkpoint, Log(work).records)
 
@@ -162,13 +167,12 @@ def rehearse(arguments: argparse.Namespace, checkpoint: RandomCheckpoint, log: L
     for number, (file, specs) in enumerate(checkpoint.shards.items(), start=1):
         make, quantize = f"make {number}", f"quantize {number}"
         if not log.has(make):
-            cut = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
-            command = [arguments.model, str(source), "--only", str(number), *cut]
+            command = [arguments.model, str(source), "--only", str(number), *_layout(arguments)]
             record = log.run(make, ["scripts.make_checkpoint", *command])
             log.note(record | {"bytes": (source / file).stat().st_size})
         if not log.has(quantize):
             command = [str(source), str(int4), "--available", "--recipe", arguments.recipe]
-            record = log.run(quantize, [*_verb("quantize"), *command], result=int4)
+            record = log.run(quantize, [*verb("quantize"), *command], result=int4)
             result = {"weights": sum(math.prod(spec.shape) for spec in specs.values())}
             if number == len(checkpoint.shards):
                 result |= _quantized(int4)
@@ -176,9 +180,9 @@ def rehearse(arguments: argparse.Namespace, checkpoint: RandomCheckpoint, log: L
         (source / file).unlink(missing_ok=True)
     if not log.has("export"):
         cut = ["--layers-per-stage", "1", "--maximum-context", str(arguments.context)]
-        command = [*_verb("export"), str(int4), str(bundle), *cut]
+        command = [*verb("export"), str(int4), str(bundle), *cut]
         record = log.run("export", command, result=bundle)
-        log.note(record | _exported(bundle))
+        log.note(record | exported(bundle))
     if not log.has("check"):
         command = ["benchmarks.stage_check", str(int4), str(bundle), str(work / "check")]
         record = log.run("check", command)
@@ -186,10 +190,15 @@ def rehearse(arguments: argparse.Namespace, checkpoint: RandomCheckpoint, log: L
     for folder in (source, int4, work / "check"):
         shutil.rmtree(folder, ignore_errors=True)
     if not log.has("inspect"):
-        log.note(log.run("inspect", [*_verb("inspect"), str(bundle)]))
+        log.note(log.run("inspect", [*verb("inspect"), str(bundle)]))
 
 
-def _verb(name: str) -> list[str]:
+def _layout(arguments: argparse.Namespace) -> list[str]:
+    cut = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
+    return ["--max-shard-bytes", str(arguments.max_shard_bytes), *cut]
+
+
+def verb(name: str) -> list[str]:
     """A verb of the command line, as a module's arguments."""
     return ["scripts.pocketdiff", name, "--json"]
 
@@ -208,7 +217,7 @@ def _quantized(folder: Path) -> dict[str, Any]:
     }
 
 
-def _exported(folder: Path) -> dict[str, Any]:
+def exported(folder: Path) -> dict[str, Any]:
     """Bytes of each program of a bundle, and how long after the one before it was written.
 
     The first, whose beginning no file tells, is left out of the times.

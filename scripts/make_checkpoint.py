@@ -85,7 +85,7 @@ def plan_checkpoint(
     """
     config = copy.deepcopy(config)
     if layers is not None:
-        _cut(config, layers)
+        cut_config(config, layers)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
     shapes = {weight.name: weight.shape for weight in read_shape(config).weights}
     if config["model_type"] == "diffusion_gemma":
@@ -227,8 +227,11 @@ def _shards(specs: dict[str, TensorSpec], max_bytes: int) -> dict[str, dict[str,
     }
 
 
-def _cut(config: dict[str, Any], layers: int) -> None:
-    """Keeps the first layers, the last of them with the attention that the model ends with."""
+def cut_config(config: dict[str, Any], layers: int) -> None:
+    """Keeps the first layers, the last of them with the attention that the model ends with.
+
+    Changes `config`; raises InputError for a number that it does not have.
+    """
     section = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     key = "n_layers" if "n_layers" in section else "num_hidden_layers"
     had = section.get(key)
