@@ -69,7 +69,7 @@ def test_a_killed_rehearsal_ends_with_the_bundle_of_an_undisturbed_one(tmp_path:
     records = json.loads(ended.stdout.splitlines()[-1])["steps"]
     checkpoint = plan_checkpoint(_config(), max_shard_bytes=SHARD_BYTES)
     count = len(checkpoint.shards)
-    assert count > 3
+    assert count == 3
     made = [f"{step} {number}" for number in range(1, count + 1) for step in ("make", "quantize")]
     assert [record["step"] for record in records] == [*made, "export", "check", "inspect"]
     assert any(record["resumed"] for record in records)
