@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 from importlib.metadata import version
@@ -21,10 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.line_fit import line_through
 from benchmarks.rehearsal import GIB, Log, exported, verb
 from export.plan.presets import read_config
 from export.process import processor_name
@@ -85,7 +86,7 @@ def _export(step: str, int4: Path, work: Path, layers: int, log: Log) -> dict[st
     record = log.run(step, [*verb("export"), *command, "--maximum-context", str(CONTEXT)])
     checkpoint = open_checkpoint(int4)
     weights = sum(
-        int(np.prod(checkpoint.shape(name)))
+        math.prod(checkpoint.shape(name))
         for name in checkpoint.names()
         if any(f".decoder.layers.{number}." in name for number in range(layers))
     )
@@ -111,10 +112,10 @@ def _report(arguments: argparse.Namespace, records: list[dict[str, Any]]) -> Non
         )
     console = Console(width=100)
     console.print(table)
-    sizes = np.array([record["weights_of_layers"] for record in records], dtype=float)
-    seconds = np.array([record["seconds"] for record in records])
-    slope, start = np.polyfit(sizes, seconds, 1)
-    off = float(np.max(np.abs(start + slope * sizes - seconds) / seconds))
+    start, slope, off = line_through(
+        [record["weights_of_layers"] for record in records],
+        [record["seconds"] for record in records],
+    )
     console.print(
         f"a line through them: {start:.1f} s and {1e9 * slope:.2f} s for 1 G weights, "
         f"off by {100 * off:.1f} % at most"

@@ -30,6 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.line_fit import line_through
 from export.plan.families import read_shape
 from export.plan.layout import checkpoint_bytes
 from export.plan.presets import read_config
@@ -139,12 +140,9 @@ def _report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     summary: dict[str, float] = {}
     if len(rows) > 1:
         # Least squares of seconds over weights; the rest of each row tells how linear it is.
-        xs, ys = [row["weights"] for row in rows], [row["seconds"] for row in rows]
-        mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-        slope /= sum((x - mean_x) ** 2 for x in xs)
-        start_s = mean_y - slope * mean_x
-        off = max(abs(y - start_s - slope * x) / y for x, y in zip(xs, ys, strict=True))
+        start_s, slope, off = line_through(
+            [row["weights"] for row in rows], [row["seconds"] for row in rows]
+        )
         shape = read_shape(read_config(MODEL)[1])
         whole = shape.total_parameters
         summary = {

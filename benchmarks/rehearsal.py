@@ -240,25 +240,25 @@ def _report(
 ) -> None:
     console = Console(width=100)
     console.print(_step_table(arguments, records))
-    found: dict[str, Any] = {}
-    for record in records:
-        found |= record
+    by_step = {record["step"]: record for record in records}
+    quantized, lowered = by_step[f"quantize {len(checkpoint.shards)}"], by_step["export"]
+    checked = {stage["stage"]: stage for stage in by_step["check"]["checked"]["stages"]}
     console.print(
-        f"{found['written_weights'] / 1e9:.2f} G weights, {found['bits_per_weight']:.3f} bits each "
+        f"{quantized['written_weights'] / 1e9:.2f} G weights, "
+        f"{quantized['bits_per_weight']:.3f} bits each "
         f"in int4; at most {_peak_disk_bytes(records) / 1e9:.1f} GB of the disk in use"
     )
-    errors = {stage["stage"]: stage for stage in found["checked"]["stages"]}
     table = Table(title="programs")
     for name in ("program", "MB", "seconds", "error", "the layer before's weights"):
         table.add_column(name, justify="left" if name == "program" else "right")
-    for name, size in found["bytes_by_stage"].items():
-        seconds = found["seconds_by_stage"].get(name)
-        wrong = errors[name].get("error_of_the_layer_before")
+    for name, size in lowered["bytes_by_stage"].items():
+        seconds = lowered["seconds_by_stage"].get(name)
+        wrong = checked[name].get("error_of_the_layer_before")
         table.add_row(
             name,
             f"{size / 1e6:.1f}",
             "" if seconds is None else f"{seconds:.1f}",
-            f"{errors[name]['error']:.1e}",
+            f"{checked[name]['error']:.1e}",
             "" if wrong is None else f"{wrong:.2f}",
         )
     console.print(table)

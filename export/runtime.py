@@ -374,10 +374,9 @@ def load_stages(
     )
 
 
-def load_stage(bundle: Bundle, stage: Stage, threads: int | None = None) -> LoadedStage:
+def load_stage(bundle: Bundle, stage: Stage) -> LoadedStage:
     """One stage by itself, as `load_stages` loads it; it takes memory while it is referred to."""
-    run = _load_method(_load_executorch(threads), bundle, stage, None)
-    return _loaded(stage, run)
+    return _loaded(stage, _load_method(_load_executorch(None), bundle, stage, None))
 
 
 def eager_stage(stage: StageModule) -> LoadedStage:

@@ -162,7 +162,7 @@ def _quantize(
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         _write_weights(checkpoint, plan, folder, journal, done, progress or _no_progress)
-        undone = {w.stored.file for w in plan.weights if w.name not in done.energies}
+        undone = {weight.stored.file for weight in done.rest(plan)}
         to_come = tuple(f for f in checkpoint.missing if f not in done.shards or f in undone)
         if to_come:
             raise _ShardsMissing(to_come)
@@ -225,6 +225,10 @@ class _Done:
                 self.add_shard(record)
             else:
                 self.energies[record["tensor"]] = record["signal"], record["noise"]
+
+    def rest(self, plan: Plan) -> list[PlannedWeight]:
+        """What is not whole in the result yet."""
+        return [weight for weight in plan.weights if weight.name not in self.energies]
 
     def add_shard(self, record: dict) -> None:
         """A shard that is new, or not the one that it was: of that, nothing is done."""
@@ -410,9 +414,10 @@ def _write_weights(
 ) -> None:
     """Writes the weights that are not done yet, into files as the plan says."""
     writers: dict[str, SafetensorsWriter] = {}
+    to_write = {weight.stored.file for weight in done.rest(plan)} - {*checkpoint.missing}
     try:
         for file, weights in plan.by_file.items():
-            if file in checkpoint.missing or all(w.name in done.energies for w in weights):
+            if file not in to_write:
                 continue
             writers[file] = writer = SafetensorsWriter(folder / file, _specs(weights))
             for weight in weights:
@@ -436,9 +441,9 @@ def _write_pieces(
     progress: Progress,
 ) -> None:
     total = sum(weight.stored.nbytes for weight in plan.weights)
-    undone = [weight for weight in plan.weights if weight.name not in done.energies]
-    done_bytes = total - sum(weight.stored.nbytes for weight in undone)
-    todo = [weight for weight in undone if weight.stored.file in writers]
+    rest = done.rest(plan)
+    done_bytes = total - sum(weight.stored.nbytes for weight in rest)
+    todo = [weight for weight in rest if weight.stored.file in writers]
     if done_bytes:
         progress(done_bytes, total, "done before")
     if not todo:

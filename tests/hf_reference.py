@@ -49,6 +49,17 @@ def tiny_config(canvas_length: int = 16, **text: object) -> DiffusionGemmaConfig
     )
 
 
+def two_equal_layers() -> DiffusionGemmaConfig:
+    """Two layers of one graph, which the cutting of a model lowers once."""
+    return tiny_config(
+        16,
+        num_hidden_layers=2,
+        layer_types=["full_attention", "full_attention"],
+        num_experts=2,
+        moe_intermediate_size=64,
+    )
+
+
 def random_model(config: DiffusionGemmaConfig, seed: int) -> DiffusionGemmaForBlockDiffusion:
     """A model whose every tensor is random, so that a term left out changes the result.
 

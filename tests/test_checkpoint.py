@@ -16,6 +16,7 @@ from quantize.errors import CheckpointError
 from quantize.packing import pack_int4, unpack_int4
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
+from tests.sharded import save_shards
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -35,13 +36,13 @@ def _write(folder: Path, *, shards: int = 1) -> dict[str, torch.Tensor]:
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return tensors
-    weight_map = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = {name: tensors[name] for name in sorted(tensors)[number::shards]}
-        save_file(part, folder / file)
-        weight_map.update(dict.fromkeys(part, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    files = {
+        f"model-{number + 1:05}-of-{shards:05}.safetensors": {
+            name: tensors[name] for name in sorted(tensors)[number::shards]
+        }
+        for number in range(shards)
+    }
+    save_shards(folder, files)
     return tensors
 
 
@@ -446,11 +447,9 @@ def _resident_file_pages_bytes() -> int:
 def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch, mapped_bytes):
     monkeypatch.setattr(safetensors_folder, "_MAPPED_BYTES", mapped_bytes)
     tensors = {f"{n}": torch.full((2**20,), float(n)) for n in range(16)}
-    for file in ("a", "b"):
-        part = {name: t for name, t in tensors.items() if (int(name) % 2 == 0) == (file == "a")}
-        save_file(part, tmp_path / f"{file}.safetensors")
-    files = {name: f"{'ba'[int(name) % 2 == 0]}.safetensors" for name in tensors}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    even = {name: tensor for name, tensor in tensors.items() if int(name) % 2 == 0}
+    odd = {name: tensor for name, tensor in tensors.items() if int(name) % 2}
+    save_shards(tmp_path, {"a.safetensors": even, "b.safetensors": odd})
     folder = safetensors_folder.SafetensorsFolder(tmp_path)
     before = _resident_file_pages_bytes()
     kept = folder.read("3")

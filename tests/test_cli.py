@@ -27,6 +27,7 @@ from quantize.errors import InputError
 from scripts.console import Reporter, byte_count
 from scripts.live_canvas import LiveCanvas
 from scripts.pocketdiff import run
+from tests.sharded import save_shards
 from tests.toy_model import INFO
 
 ROOT = Path(__file__).parent.parent
@@ -216,10 +217,9 @@ def test_quantize_takes_a_checkpoint_shard_by_shard(
         "a.safetensors": {n: w for n, w in weights.items() if ".layers.0." in n},
         "b.safetensors": {n: w for n, w in weights.items() if ".layers.0." not in n},
     }
-    index = {name: file for file, part in half.items() for name in part}
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    save_shards(source, half)
+    (source / "b.safetensors").unlink()
     quantize = command("quantize", source, tmp_path / "int4", "--available")
-    save_file(half["a.safetensors"], source / "a.safetensors")
     assert run(quantize) == 0
     assert "1 shards are to come, the first b.safetensors" in capfd.readouterr().out
     assert run([*quantize, "--json"]) == 0

@@ -29,6 +29,7 @@ from quantize.errors import CheckpointError, OutputError, RecipeError
 from quantize.quantizer import COPIED_FILES, quantize_checkpoint
 from quantize.recipe import PRESETS, Recipe, Rule, Scheme, preset
 from quantize.report import report_from_recipe_json
+from tests.sharded import save_shards
 
 _LINEAR = "model.layers.0.self_attn.q_proj.weight"
 _EXPERTS = "model.layers.0.experts.down_proj"
@@ -204,12 +205,11 @@ def _in_shards(folder: Path, shards: list[list[str]]) -> Path:
     """The small checkpoint with these weights in files `model-1-of-N.safetensors`, ..."""
     source = _source(folder)
     (source / "model.safetensors").unlink()
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number}-of-{len(shards)}.safetensors"
-        save_file({name: _small()[name] for name in names}, source / file)
-        weight_map |= dict.fromkeys(names, file)
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    files = {
+        f"model-{number}-of-{len(shards)}.safetensors": {name: _small()[name] for name in names}
+        for number, names in enumerate(shards, start=1)
+    }
+    save_shards(source, files)
     return source
 
 

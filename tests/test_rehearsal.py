@@ -25,20 +25,10 @@ CONTEXT = 64
 SHARD_BYTES = 150_000
 
 
-def _config() -> dict:
-    config = hf_reference.tiny_config(
-        16,
-        num_hidden_layers=2,
-        layer_types=["full_attention", "full_attention"],
-        num_experts=2,
-        moe_intermediate_size=64,
-    )
-    return config.to_dict()
-
-
 @pytest.mark.slow
 def test_a_killed_rehearsal_ends_with_the_bundle_of_an_undisturbed_one(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(_config()))
+    config = hf_reference.two_equal_layers().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
     work = tmp_path / "work"
     command = [
         sys.executable, "-m", "benchmarks.rehearsal", str(work),
@@ -67,7 +57,7 @@ def test_a_killed_rehearsal_ends_with_the_bundle_of_an_undisturbed_one(tmp_path:
             process.wait()
     ended = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     records = json.loads(ended.stdout.splitlines()[-1])["steps"]
-    checkpoint = plan_checkpoint(_config(), max_shard_bytes=SHARD_BYTES)
+    checkpoint = plan_checkpoint(config, max_shard_bytes=SHARD_BYTES)
     count = len(checkpoint.shards)
     assert count == 3
     made = [f"{step} {number}" for number in range(1, count + 1) for step in ("make", "quantize")]

@@ -22,6 +22,7 @@ from quantize.errors import CheckpointError, OutputError
 from quantize.journal import Journal
 from quantize.quantizer import quantize_available, quantize_checkpoint
 from quantize.recipe import preset
+from tests.sharded import INDEX, save_shards
 
 ROOT = Path(__file__).parents[1]
 _NAMES = (
@@ -32,7 +33,6 @@ _NAMES = (
     "model.norm.weight",
 )
 _SHARDS = {"model-1-of-2.safetensors": _NAMES[1::2], "model-2-of-2.safetensors": _NAMES[0::2]}
-_INDEX = "model.safetensors.index.json"
 
 
 def _source(folder: Path) -> Path:
@@ -43,10 +43,7 @@ def _source(folder: Path) -> Path:
         zip(_NAMES, [(32, 128), (4, 8, 128), (24, 128), (3, 16, 128), (128,)], strict=True)
     )
     tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
-    for file, names in _SHARDS.items():
-        save_file({name: tensors[name] for name in names}, folder / file)
-    index = {name: file for file, names in _SHARDS.items() for name in names}
-    (folder / _INDEX).write_text(json.dumps({"weight_map": index}))
+    save_shards(folder, {f: {n: tensors[n] for n in names} for f, names in _SHARDS.items()})
     return folder
 
 
@@ -229,7 +226,7 @@ def test_other_work_is_begun_anew(tmp_path, change):
     elif change == "config":
         (source / "config.json").write_text('{"model_type": "other"}')
     else:
-        (source / _INDEX).write_text((source / _INDEX).read_text() + " ")
+        (source / INDEX).write_text((source / INDEX).read_text() + " ")
     calls = _quantize(tmp_path, "out", recipe=recipe)
     assert {call[2] for call in calls} == set(_NAMES)
     _quantize(tmp_path, "whole", recipe=recipe)

@@ -36,13 +36,7 @@ CONTEXT = 96
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of two layers of one form, and the same in int4."""
     root = tmp_path_factory.mktemp("stamping")
-    config = hf_reference.tiny_config(
-        16,
-        num_hidden_layers=2,
-        layer_types=["full_attention", "full_attention"],
-        num_experts=2,
-        moe_intermediate_size=64,
-    )
+    config = hf_reference.two_equal_layers()
     hf_reference.save(hf_reference.random_model(config, seed=5), root / "fp32")
     quantize_checkpoint(root / "fp32", root / "int4", preset("int4-g32"))
     return {"fp32": root / "fp32", "int4": root / "int4", "root": root}
