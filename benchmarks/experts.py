@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from export.process import processor_name
+from export.host.process import processor_name
 
 FORMS = ("dense", "gather")
 ROUTINGS = ("even", "uneven")
@@ -86,8 +86,8 @@ def _program(work: Path, shape: Shape, form: str) -> Path:
 def _lower(work: Path, shape: Shape, form: str) -> None:
     import torch
 
-    from export.backends.xnnpack import lower_stage
-    from export.staging import StageModule
+    from export.backends.xnnpack.lowering import lower_stage
+    from export.models.staging import StageModule
 
     torch.set_num_threads(1)
     module = _module(shape, form)
@@ -168,7 +168,7 @@ def _measure(arguments: argparse.Namespace, shape: Shape) -> dict:
     _C._unsafe_reset_threadpool(arguments.threads)
     from executorch.runtime import Runtime
 
-    from export.expert_choice import choose_expert_computation
+    from export.families.expert_choice import choose_expert_computation
 
     methods = {}
     for form in FORMS:

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from benchmarks.line_fit import line_through
 from benchmarks.rehearsal import GIB, Log, exported, verb
+from export.host.process import processor_name
 from export.plan.presets import read_config
-from export.process import processor_name
 from quantize.checkpoint import CONFIG_FILE, open_checkpoint
-from scripts.make_checkpoint import cut_config
+from scripts.training.make_checkpoint import cut_config
 
 MODEL = "diffusiongemma-26b-a4b"
 VOCABULARY = 4096
@@ -64,7 +64,7 @@ def _checkpoint(work: Path, layers: int, log: Log) -> Path:
     (work / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     source = work / "source"
     make = [str(work / CONFIG_FILE), str(source), "--layers", str(layers), "--overwrite"]
-    log.run("make", ["scripts.make_checkpoint", *make])
+    log.run("make", ["scripts.training.make_checkpoint", *make])
     log.run("quantize", [*verb("quantize"), str(source), str(int4)])
     shutil.rmtree(source)
     return int4

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from export.backends import lower_stage
+from export.heads.token import MaskedHead
 from export.models.dense_decoder import DenseConfig, build_layers
-from export.staging import StageModule
-from export.token_head import MaskedHead
+from export.models.staging import StageModule
 from quantize.checkpoint import open_checkpoint
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peer_llama_cpp import HEAD_DIM, KV_HEADS, LAYERS, POSITIONS, THREADS
-from export.bundle import open_bundle
-from export.process import peak_rss_bytes
-from export.runtime import open_session
+from export.contract.bundle import open_bundle
+from export.host.process import peak_rss_bytes
+from export.host.runtime import open_session
 
 TOKENS = 64
 SETTINGS = np.array([0.0, 1.0, 0.0, 2.0, 0.0], dtype=np.float32)
@@ -50,7 +50,7 @@ def _timed(work: Callable[[], Any]) -> float:
 def _products(path: Path) -> tuple[Callable[[], float], int]:
     import torch
 
-    from export.runtime import _load_executorch, _single_torch_thread
+    from export.host.runtime import _load_executorch, _single_torch_thread
 
     program = _load_executorch(THREADS)._load_program(str(path))
     method = program.load_method("forward")

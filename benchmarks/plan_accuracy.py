@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plan_accuracy_models import MODELS, bundle_of
+from export.families import read_shape
 from export.plan.budget import budget_of_bundle, budget_of_layout
 from export.plan.device import Device, open_device
-from export.plan.families import read_shape
 from export.plan.layout import lay_out
 from export.plan.roofline import time_of
 from export.plan.work import Experts, step_pass
@@ -85,7 +85,7 @@ def _run(bundle: Path) -> dict[str, float]:
         folder = Path(temporary)
         (folder / "request.json").write_text(json.dumps(request))
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "export.runner", str(folder / "request.json")],
+            [sys.executable, "-P", "-m", "export.host.runner", str(folder / "request.json")],
             capture_output=True,
             text=True,
             check=False,
@@ -105,7 +105,7 @@ def _run(bundle: Path) -> dict[str, float]:
 def _row(
     name: str, bundle: Path, work: Path, device: Device, runs: list[dict[str, float]]
 ) -> dict[str, Any]:
-    from export.bundle import open_bundle
+    from export.contract.bundle import open_bundle
 
     opened = open_bundle(bundle, verify=False)
     manifest = opened.manifest

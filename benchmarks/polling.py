@@ -18,12 +18,13 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from device_tests import bench as benches
-from device_tests import conditions, remote_run
-from device_tests.adb_direct import open_tcp
-from device_tests.deploy import deploy
-from device_tests.local_device import LocalDevice
-from export.bundle import open_bundle
+from device_tests.adb.direct import open_tcp
+from device_tests.bench import measurement as benches
+from device_tests.bench import remote_run
+from device_tests.bench.deploy import deploy
+from device_tests.local.device import LocalDevice
+from device_tests.remote import conditions
+from export.contract.bundle import open_bundle
 
 PERIODS_S = (10.0, 1.0, 0.2)
 MEASURED_S = 4.0

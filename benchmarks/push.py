@@ -33,12 +33,13 @@ from pathlib import Path
 
 import adbutils
 
-from device_tests import adb_direct, adb_server
-from device_tests.deploy import CHUNK_BYTES, clean, deploy
-from device_tests.local_device import CACHE_VARIABLE, LocalDevice, cache_folder
-from device_tests.remote_shell import DEVICE_ROOT
-from device_tests.transport import Transport
-from export.bundle import (
+from device_tests.adb import direct as adb_direct
+from device_tests.adb import server as adb_server
+from device_tests.adb.transport import Transport
+from device_tests.bench.deploy import CHUNK_BYTES, clean, deploy
+from device_tests.local.device import CACHE_VARIABLE, LocalDevice, cache_folder
+from device_tests.remote.shell import DEVICE_ROOT
+from export.contract.bundle import (
     Bundle,
     Manifest,
     ModelInfo,
@@ -48,7 +49,7 @@ from export.bundle import (
     TensorSpec,
     write_bundle,
 )
-from export.process import processor_name
+from export.host.process import processor_name
 
 FILE = "head.pte"
 REMOTE = "/data/local/tmp/benchmark_push"

@@ -3,10 +3,11 @@
     python -m benchmarks.quantizer --folder /a/folder/with/room
 
 For each number of layers a checkpoint with random weights of the released shapes is written
-(`scripts.make_checkpoint`), quantized in a process of its own, and both are deleted. Peak RSS is
-that process's `ru_maxrss`, all of Python and torch included, and so are pages of the mapped source.
-The source has just been written and may lie in the page cache: of its reading from the disk,
-`read_s` tells what it would take (a plain read of the same files after their pages were dropped).
+(`scripts.training.make_checkpoint`), quantized in a process of its own, and both are deleted. Peak
+RSS is that process's `ru_maxrss`, all of Python and torch included, and so are pages of the mapped
+source. The source has just been written and may lie in the page cache: of its reading from the
+disk, `read_s` tells what it would take (a plain read of the same files after their pages were
+dropped).
 
 stdout: a table for people; the last line is one JSON document.
 """
@@ -31,12 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.line_fit import line_through
-from export.plan.families import read_shape
+from export.families import read_shape
+from export.host.process import processor_name
 from export.plan.layout import checkpoint_bytes
 from export.plan.presets import read_config
-from export.process import processor_name
 from quantize.recipe import preset
-from scripts.make_checkpoint import plan_checkpoint, write_checkpoint
+from scripts.training.make_checkpoint import plan_checkpoint, write_checkpoint
 
 MODEL = "diffusiongemma-26b-a4b"
 FULL_LAYERS = 30

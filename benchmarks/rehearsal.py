@@ -2,8 +2,8 @@
 
     python -m benchmarks.rehearsal WORK [--model NAME] [--recipe NAME] [--layers N]
 
-1. Shard by shard: written (`scripts.make_checkpoint --only`), quantized (`quantize --available`),
-   deleted, so the source never takes more of the disk than a shard.
+1. Shard by shard: written (`scripts.training.make_checkpoint --only`), quantized
+   (`quantize --available`), deleted, so the source never takes more of the disk than a shard.
 2. `export --layers-per-stage 1`: one program for each layer.
 3. `benchmarks.stage_check`: every program against its module; then the int4 checkpoint is deleted.
 4. `inspect`: the SHA-256 of every file.
@@ -33,11 +33,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from export.bundle import open_bundle
+from export.contract.bundle import open_bundle
+from export.host.process import processor_name
 from export.plan.presets import read_config
-from export.process import processor_name
 from quantize.checkpoint import RECIPE_FILE
-from scripts.make_checkpoint import MAX_SHARD_BYTES, RandomCheckpoint, plan_checkpoint
+from scripts.training.make_checkpoint import MAX_SHARD_BYTES, RandomCheckpoint, plan_checkpoint
 
 GIB = 2**30
 DISK_INTERVAL_S = 0.5
@@ -168,7 +168,7 @@ def rehearse(arguments: argparse.Namespace, checkpoint: RandomCheckpoint, log: L
         make, quantize = f"make {number}", f"quantize {number}"
         if not log.has(make):
             command = [arguments.model, str(source), "--only", str(number), *_layout(arguments)]
-            record = log.run(make, ["scripts.make_checkpoint", *command])
+            record = log.run(make, ["scripts.training.make_checkpoint", *command])
             log.note(record | {"bytes": (source / file).stat().st_size})
         if not log.has(quantize):
             command = [str(source), str(int4), "--available", "--recipe", arguments.recipe]

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.head import DiffusionHead, _int8_per_row
+from export.heads.uniform_diffusion import DiffusionHead, _int8_per_row
 
 VOCABULARY, HIDDEN, POSITIONS, CHUNK_COLUMNS = 262_144, 512, 8, 2048
 SEED = 20261123

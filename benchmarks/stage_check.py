@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.bundle import open_bundle
+from export.contract.bundle import open_bundle
+from export.host.process import peak_rss_bytes, return_large_blocks
+from export.host.runtime import LoadedStage, eager_stage, load_stage
 from export.models import stage_model
-from export.process import peak_rss_bytes, return_large_blocks
-from export.runtime import LoadedStage, eager_stage, load_stage
-from export.staging import StageModule
+from export.models.staging import StageModule
 from quantize.checkpoint import open_checkpoint
 from scripts.console import reporting
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory_cgroup import memory_group
-from export import page_cache
-from export.bundle import open_bundle
-from export.packed_file import PackedFile
+from export.contract.bundle import open_bundle
+from export.host.streaming import page_cache
+from export.host.streaming.packed_file import PackedFile
 from scripts.console import byte_count, size
 
 CHUNK_BYTES = 8 << 20
@@ -35,9 +35,9 @@ PROMPT_TOKENS = 32
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Answer in this process; what a run of either kind tells."""
-    from export.mapped_weights import MemoryOptions
-    from export.process import peak_rss_bytes
-    from export.runtime import open_session
+    from export.host.process import peak_rss_bytes
+    from export.host.runtime import open_session
+    from export.host.streaming.mapped_weights import MemoryOptions
 
     bundle = open_bundle(arguments.bundle, verify=False)
     model = bundle.manifest.model

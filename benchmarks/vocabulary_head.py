@@ -6,7 +6,7 @@ Lowers each variant once into FOLDER (minutes each at full size; a program that 
 used again), then runs it in processes of its own: every timed round starts each variant in turn, so
 that a noisy minute falls on all alike; memory is taken in a pass of its own. Variants:
 
-chunked      the head as it ships (`export/head.py`)
+chunked      the head as it ships (`export/heads/uniform_diffusion.py`)
 at once      the same code with one chunk: a whole canvas of logits
 plain        softmax, log, cumsum, argmax over a whole canvas of logits, as one would write it
 products     the two matrix products alone, in the chunks of `chunked`
@@ -27,7 +27,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from export.process import processor_name
+from export.host.process import processor_name
 
 VARIANTS = ("chunked", "at_once", "plain", "products", "products1")
 BASELINE_TABLE_STD = 0.04
@@ -175,7 +175,7 @@ def _lower(arguments: argparse.Namespace, variant: str) -> None:
     import torch
     from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
-    from export.head import head_example_inputs, head_partitioners
+    from export.heads.uniform_diffusion import head_example_inputs, head_partitioners
 
     module = _module(arguments, variant).eval()
     inputs = head_example_inputs(arguments.canvas, arguments.hidden)
@@ -198,8 +198,8 @@ def _module(arguments: argparse.Namespace, variant: str):  # -> torch.nn.Module
     from torch import nn
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    from export.head import DiffusionHead, _after
-    from export.samplers import entropy_bound
+    from export.heads.samplers import entropy_bound
+    from export.heads.uniform_diffusion import DiffusionHead, _after
 
     generator = torch.Generator().manual_seed(SEED)
     shape = (arguments.vocabulary, arguments.hidden)
@@ -262,7 +262,7 @@ def _module(arguments: argparse.Namespace, variant: str):  # -> torch.nn.Module
 def _inputs(arguments: argparse.Namespace):  # -> tuple[torch.Tensor, ...]
     import torch
 
-    from export.uniform_diffusion import UniformDiffusionSettings
+    from export.host.uniform_diffusion import UniformDiffusionSettings
 
     generator = torch.Generator().manual_seed(SEED + 1)
     shape = (1, arguments.canvas)

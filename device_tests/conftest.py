@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from device_tests.deploy import Deployment, deploy
-from device_tests.local_device import LocalDevice
-from device_tests.local_device_fixture import local_adbd  # noqa: F401
-from device_tests.remote_run import Runner, choose_runner
-from device_tests.transport import Transport
-from export.bundle import Bundle, open_bundle
-from tests.browser import chromium  # noqa: F401
+from device_tests.adb.transport import Transport
+from device_tests.bench.deploy import Deployment, deploy
+from device_tests.bench.remote_run import Runner, choose_runner
+from device_tests.local.device import LocalDevice
+from device_tests.local.fixture import local_adbd  # noqa: F401
+from export.contract.bundle import Bundle, open_bundle
+from tests.support.browser import chromium  # noqa: F401
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def transport(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Transport]:
     """The device under test, connected."""
-    from device_tests.selection import open_device
+    from device_tests.adb.selection import open_device
 
     serial = request.config.getoption("--device")
     local: LocalDevice | None = None
@@ -84,7 +84,7 @@ def deployment(transport: Transport, bundle: Bundle) -> Deployment:
 @pytest.fixture(scope="session")
 def runner(transport: Transport) -> Runner:
     """How runs are started on the device."""
-    from device_tests import conditions
+    from device_tests.remote import conditions
 
     return choose_runner(conditions.read_device(transport).android_sdk)
 

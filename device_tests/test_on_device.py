@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from device_tests import bench as benches
-from device_tests import records, report
-from device_tests.bench import BenchOutcome, BenchPlan
+from device_tests.adb.transport import Transport
+from device_tests.bench import measurement as benches
+from device_tests.bench.deploy import Deployment, deploy
+from device_tests.bench.device_lock import DeviceLock
+from device_tests.bench.inventory import bundle_sha256, clean, deployed
+from device_tests.bench.measurement import BenchOutcome, BenchPlan
+from device_tests.bench.remote_run import Runner
 from device_tests.conftest import pocketdiff
-from device_tests.deploy import Deployment, deploy
-from device_tests.device_lock import DeviceLock
 from device_tests.errors import DeviceBusy
-from device_tests.inventory import bundle_sha256, clean, deployed
-from device_tests.remote_run import Runner
-from device_tests.remote_shell import DEVICE_ROOT
-from device_tests.transport import Transport
-from export.bundle import MANIFEST_FILE, Bundle
-from tests.browser import measure
+from device_tests.remote.shell import DEVICE_ROOT
+from device_tests.results import records, report
+from export.contract.bundle import MANIFEST_FILE, Bundle
+from tests.support.browser import measure
 
 pytestmark = pytest.mark.device
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 from export.backends import LoweredStage, check_backend, lower_stage
-from export.backends.stamping import Forms
-from export.bundle import (
+from export.backends.xnnpack.instantiation import Forms
+from export.contract.bundle import (
     SCHEMA_VERSION,
     Bundle,
     Delegation,
@@ -27,13 +27,13 @@ from export.bundle import (
     parse_stage,
     resumable_bundle,
 )
+from export.host.process import return_large_blocks
+from export.host.tokenizer import TextTokenizer, TokenizerFiles, tokenizer_files
 from export.models import stage_model
-from export.process import return_large_blocks
-from export.staging import StagedModel, StageModule
-from export.tokenizer import TextTokenizer, TokenizerFiles, tokenizer_files
-from quantize.atomic_folder import sync
+from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import open_checkpoint
-from quantize.journal import work_text
+from quantize.files.atomic_folder import sync
+from quantize.files.journal import work_text
 
 TOOL_CHAIN = ("executorch", "torch", "torchao")
 TOKENIZER_FILE = "tokenizer.json"

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from quantize.errors import CheckpointError
-from quantize.json_files import read_json_object
+from quantize.files.json_files import read_json_object
+from quantize.files.safetensors_folder import SafetensorsFolder, refuse_unprintable_names
 from quantize.packing import packed_width, unpack_int4
-from quantize.safetensors_folder import SafetensorsFolder, refuse_unprintable_names
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"

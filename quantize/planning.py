@@ -9,10 +9,10 @@ from pathlib import Path
 
 from quantize.checkpoint import FLOAT_TYPES
 from quantize.errors import CheckpointError
+from quantize.files.safetensors_writer import TensorSpec
 from quantize.packing import packed_width
 from quantize.recipe import Recipe, Scheme
 from quantize.report import natural_order
-from quantize.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True)

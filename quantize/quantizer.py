@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from quantize.atomic_folder import resumable_folder
 from quantize.checkpoint import (
     CONFIG_FILE,
     FORMAT,
@@ -31,8 +30,12 @@ from quantize.checkpoint import (
     open_checkpoint,
 )
 from quantize.errors import CheckpointError, RecipeError
-from quantize.journal import Journal, work_text
-from quantize.json_files import read_json_object
+from quantize.files.atomic_folder import resumable_folder
+from quantize.files.journal import Journal, work_text
+from quantize.files.json_files import read_json_object
+from quantize.files.safetensors_folder import INDEX_FILE, SINGLE_FILE
+from quantize.files.safetensors_writer import SafetensorsWriter, TensorSpec
+from quantize.ordered_map import in_order
 from quantize.packing import pack_int4
 from quantize.planning import Plan, PlannedWeight, StoredWeight, plan_weights
 from quantize.recipe import Recipe, Scheme
@@ -42,9 +45,6 @@ from quantize.report import (
     layer_of,
     report_from_recipe_json,
 )
-from quantize.safetensors_folder import INDEX_FILE, SINGLE_FILE
-from quantize.safetensors_writer import SafetensorsWriter, TensorSpec
-from quantize.working_ahead import in_order
 
 COPIED_FILES = (
     CONFIG_FILE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from device_tests.bench import (
+from device_tests.bench.measurement import (
     BenchEvent,
     BenchStarted,
     ConnectionLost,
@@ -14,8 +14,8 @@ from device_tests.bench import (
     RunProgress,
     RunStarted,
 )
-from device_tests.metrics import METRICS
-from device_tests.plain_text import plain, quantity
+from device_tests.results.metrics import METRICS
+from device_tests.results.plain_text import plain, quantity
 from scripts.console import Reporter
 
 SHOWN = {

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from device_tests.local_device import LocalDevice, cache_folder, kept
+from device_tests.local.device import LocalDevice, cache_folder, kept
 from quantize.errors import DeviceError
 from scripts.console import err_console, out_console
 

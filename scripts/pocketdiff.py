@@ -17,8 +17,8 @@ import warnings
 import typer
 
 from quantize.errors import UserError
-from scripts import device_verbs, model_verbs, plan_verb
 from scripts.console import err_console
+from scripts.verbs import device_verbs, model_verbs, plan_verb
 
 VERBS = (
     plan_verb.plan,

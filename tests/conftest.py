@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from device_tests.local_device_fixture import (  # noqa: F401
+from device_tests.local.fixture import (  # noqa: F401
     local_adbd,
     local_device,
     make_local_device,
 )
-from export.bundle import Bundle, open_bundle
+from export.contract.bundle import Bundle, open_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
-from tests.browser import chromium  # noqa: F401
-from tests.private_adb_server import no_server, private_server  # noqa: F401
+from tests.support.browser import chromium  # noqa: F401
+from tests.support.private_adb_server import no_server, private_server  # noqa: F401
 
 # Tiny eager models gain nothing from a second thread, and on busy cores the threads' spinning for
 # each other made such tests twenty times slower.
@@ -48,8 +48,8 @@ def demo_bundle(demo_int4: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def toy_programs() -> dict[str, bytes]:
     """The toy model lowered to ExecuTorch: file name -> bytes. CPU only, portable operators."""
-    from export.runtime import HEAD_INPUTS, LAYERS_INPUTS
-    from tests import toy_model
+    from export.host.runtime import HEAD_INPUTS, LAYERS_INPUTS
+    from tests.support import toy_model
 
     return {
         "layers.pte": toy_model.lower(toy_model.ToyLayers(), LAYERS_INPUTS),
@@ -60,7 +60,7 @@ def toy_programs() -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def toy_tokenizer_json() -> bytes:
     """A character tokenizer of the toy's vocabulary: three special tokens, then a to z."""
-    from tests import toy_model
+    from tests.support import toy_model
 
     names = ["<pad>", "<eos>", "<bos>", *"abcdefghijklmnopqrstuvwxyz"]
     assert len(names) == toy_model.INFO.vocabulary_size
@@ -84,8 +84,8 @@ def toy_tokenizer_json() -> bytes:
 @pytest.fixture
 def toy_bundle(tmp_path: Path, toy_programs: dict[str, bytes], toy_tokenizer_json: bytes) -> Path:
     """A whole bundle folder of the toy model, with its tokenizer and a chat template."""
-    from export.bundle import TokenizerInfo, write_bundle
-    from tests import toy_model
+    from export.contract.bundle import TokenizerInfo, write_bundle
+    from tests.support import toy_model
 
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     manifest = toy_model.manifest(tokenizer=TokenizerInfo("tokenizer.json", template))

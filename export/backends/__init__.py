@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from export.bundle import Delegation
-from export.staging import StageModule
+from export.contract.bundle import Delegation
+from export.models.staging import StageModule
 from quantize.errors import LoweringError
 
 BACKENDS = {
-    "xnnpack": "export.backends.xnnpack",
+    "xnnpack": "export.backends.xnnpack.lowering",
 }
 """Each module has `lower_stage(stage) -> LoweredStage`."""
 

@@ -56,7 +56,7 @@ def stage_model(
             all layers are one stage.
 
     Returns:
-        A `export.staging.StagedModel`.
+        A `export.models.staging.StagedModel`.
 
     Raises:
         CheckpointError: an architecture that no family has, or a checkpoint that does not fit.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from export.staging import LAYERS_OUTPUTS, Form, StageModule
-from export.weights import RenamedWeights, Weights, other_layers
+from export.models.staging import LAYERS_OUTPUTS, Form, StageModule
+from export.models.weights import RenamedWeights, Weights, other_layers
 
 
 def layer_stages(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from export.bundle import Sampler, SpecialTokens
+from export.contract.bundle import Sampler, SpecialTokens
 from quantize.errors import CheckpointError, InputError
 
 TRUNCATION = ("top_p", "top_k")
@@ -34,7 +34,7 @@ def autoregressive_settings(generation_config: Mapping[str, Any]) -> dict[str, f
 
     transformers' own defaults are 1.0, 1.0 and, oddly, 50; a top_k that is not stated is off here.
     """
-    from export.autoregressive import AutoregressiveSettings
+    from export.host.autoregressive import AutoregressiveSettings
 
     found: dict[str, Any] = {}
     if generation_config.get("do_sample"):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.lookup import lookup_table
+from export.heads.lookup import lookup_table
 from export.models.blocks import (
     MASKED,
     GatedMLP,
@@ -26,7 +26,7 @@ from export.models.blocks import (
     refuse_variant,
     silu,
 )
-from export.weights import Weights
+from export.models.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 

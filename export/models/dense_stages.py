@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from export.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
+from export.contract.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
 from export.models.blocks import FinalNorm
 from export.models.cutting import layer_stages, norm_stage
 from export.models.defaults import (
@@ -33,16 +33,16 @@ from export.models.dense_decoder import (
     unused_notes,
     used_names,
 )
-from export.staging import (
+from export.models.staging import (
     BLOCK_LAYERS_INPUTS,
     StagedModel,
     StageModule,
     block_layers_stage,
 )
-from export.weights import Weights
+from export.models.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
-from quantize.json_files import read_json_object
+from quantize.files.json_files import read_json_object
 
 DEFAULT_CONTEXT = 2048
 """Default maximum context of causal and block-causal models."""
@@ -259,7 +259,7 @@ def _head_stage(
     canvas: int,
     truncation: bool,
 ) -> StageModule:
-    from export.token_head import autoregressive_head_stage, masked_head_stage
+    from export.heads.token import autoregressive_head_stage, masked_head_stage
 
     table = checkpoint.get(config.head_name(checkpoint))
     rows, hidden = decoding.prefill_length, config.hidden_size
@@ -295,7 +295,7 @@ def _masked(
     maximum_context: int | None,
     truncation: bool | None,
 ) -> _Parts:
-    from export.masked_diffusion import MaskedDiffusionSettings
+    from export.host.masked_diffusion import MaskedDiffusionSettings
 
     block = _block_length(checkpoint, family)
     default = DEFAULT_CONTEXT if block else DEFAULT_CONTEXT_SEEING_ALL

@@ -1,7 +1,8 @@
 """DiffusionGemma's text model, re-authored so that one graph encodes, commits and denoises.
 
 What this file does not know: quantization (weights may be torchao tensors), backends, the head and
-sampler (export/head.py). Reference: `DiffusionGemmaForBlockDiffusion` of transformers 5.23.
+sampler (export/heads/uniform_diffusion.py). Reference: `DiffusionGemmaForBlockDiffusion` of
+transformers 5.23.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.expert_choice import ExpertComputation
-from export.lookup import lookup_table
+from export.families.expert_choice import ExpertComputation
+from export.heads.lookup import lookup_table
 from export.models.blocks import (
     MASKED,
     GatedMLP,
@@ -31,7 +32,7 @@ from export.models.experts import (
     GatheredExperts,
     stack_experts,
 )
-from export.weights import Weights
+from export.models.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from export.bundle import Experts, ModelInfo, Sampler, SpecialTokens
-from export.expert_choice import ExpertComputation, choose_expert_computation
-from export.head import DiffusionHead, head_example_inputs
+from export.contract.bundle import Experts, ModelInfo, Sampler, SpecialTokens
+from export.families.expert_choice import ExpertComputation, choose_expert_computation
+from export.heads.uniform_diffusion import DiffusionHead, head_example_inputs
+from export.host.uniform_diffusion import UniformDiffusionSettings
 from export.models.blocks import FinalNorm
 from export.models.cutting import layer_stages, norm_stage
 from export.models.diffusion_gemma import (
@@ -25,7 +26,7 @@ from export.models.diffusion_gemma import (
     unused_notes,
     used_names,
 )
-from export.staging import (
+from export.models.staging import (
     HEAD_INPUTS,
     HEAD_OUTPUTS,
     LAYERS_INPUTS,
@@ -33,8 +34,7 @@ from export.staging import (
     StagedModel,
     StageModule,
 )
-from export.uniform_diffusion import UniformDiffusionSettings
-from export.weights import Weights
+from export.models.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, InputError
 

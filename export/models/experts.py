@@ -1,6 +1,7 @@
 """Mixture-of-experts feed-forward blocks that export without dropping a token.
 
-Which form a model takes is decided by `export.expert_choice`; routing belongs to the model.
+Which form a model takes is decided by `export.families.expert_choice`; routing belongs to the
+model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def chosen_rows(weights: Tensor) -> Tensor:
 
     Under tracing the result has all R rows. So a graph is exported with static shapes, which are
     upper bounds, and every later row must come from its own row alone. A backend that makes use of
-    it replaces this operator by `nonzero` and checks that: see export/backends/dynamic_rows.py.
+    it replaces this operator by `nonzero` and checks that: see
+    export/backends/xnnpack/dynamic_rows.py.
     """
     return torch.nonzero(weights)
 
@@ -38,7 +40,7 @@ def _(weights: Tensor) -> Tensor:
 def expert_body(rows: Tensor, weights: Tensor, total: Tensor, body: int) -> Tensor:
     """`WeightedExpert` number `body` of those set apart from a graph, for tracing only.
 
-    See export/backends/xnnpack_experts.py, which puts a lowered expert in its place.
+    See export/backends/xnnpack/experts.py, which puts a lowered expert in its place.
     """
     raise RuntimeError("an expert set apart cannot be computed; leave `set_apart` first")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from export.bundle import Decoding, Experts, ModelInfo
+from export.contract.bundle import Decoding, Experts, ModelInfo
 from export.models.defaults import (
     autoregressive_settings,
     special_tokens,
@@ -16,7 +16,7 @@ from export.models.gemma4 import (
     Gemma4Config,
     build_layers,
 )
-from export.staging import StagedModel, block_layers_stage
+from export.models.staging import StagedModel, block_layers_stage
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 
@@ -36,7 +36,7 @@ def stage_model(
 ) -> StagedModel:
     """Build the two stages; see `export.models.stage_model`. There are no experts to choose for."""
     # Imported here: it imports torchao, which refusals of a config should not wait for.
-    from export.token_head import autoregressive_head_stage
+    from export.heads.token import autoregressive_head_stage
 
     config = Gemma4Config.from_checkpoint_config(checkpoint.config)
     if maximum_context is None:

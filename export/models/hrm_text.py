@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.lookup import lookup_table
+from export.heads.lookup import lookup_table
 from export.models.blocks import (
     MASKED,
     RMSNorm,

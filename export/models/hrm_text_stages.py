@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from export.bundle import Call, Decoding, Experts, ModelInfo
+from export.contract.bundle import Call, Decoding, Experts, ModelInfo
 from export.models.defaults import (
     autoregressive_settings,
     special_tokens,
@@ -20,7 +20,7 @@ from export.models.hrm_text import (
     StackName,
     build_modules,
 )
-from export.staging import StagedModel, StageModule
+from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 
@@ -41,7 +41,7 @@ def stage_model(
     truncation: bool | None,
 ) -> StagedModel:
     """Build the four stages; see `export.models.stage_model`. There are no experts to compute."""
-    from export.token_head import autoregressive_head_stage
+    from export.heads.token import autoregressive_head_stage
 
     config = HrmTextConfig.from_checkpoint_config(checkpoint.config)
     context = _context(config, maximum_context)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from export.families import read_shape
+from export.families.shapes import ModelShape, expected_distinct
 from export.plan.break_even import (
     Acceptance,
     BreakEven,
@@ -16,11 +18,9 @@ from export.plan.break_even import (
 )
 from export.plan.budget import Budget, Line, budget_of_layout
 from export.plan.device import Device, names, on_npu, open_device
-from export.plan.families import read_shape
 from export.plan.layout import Layout, checkpoint_bytes, lay_out
 from export.plan.presets import read_config
 from export.plan.roofline import Time, ridge, time_of
-from export.plan.shapes import ModelShape, expected_distinct
 from export.plan.work import Experts, Pass, chosen_experts, layers_pass, step_pass
 from quantize.errors import InputError
 from quantize.recipe import Recipe

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 
+from export.families.shapes import ModelShape
 from export.plan.device import Device
 from export.plan.roofline import Time, time_of
-from export.plan.shapes import ModelShape
 from export.plan.work import Experts, Pass, chosen_experts, layers_pass, step_pass
 from quantize.errors import InputError
 from quantize.recipe import Recipe

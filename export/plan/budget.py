@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from export.host.program_file import read_program_memory
 from export.plan.device import Device
 from export.plan.layout import Layout, largest_layer_bytes
-from export.program_file import read_program_memory
 
 if TYPE_CHECKING:
-    from export.bundle import Bundle
+    from export.contract.bundle import Bundle
 
 Verdict = Literal["fits", "tight", "needs streaming", "refuses"]
 Kind = Literal["anonymous", "file"]

@@ -1,7 +1,7 @@
 """Bytes of a model under a recipe: in the checkpoint, in the bundle's programs, in memory.
 
-Knows how the exporter stores weights (`export.head`, `export.token_head`, `export.lookup`) and how
-XNNPACK packs them; knows no device. `tests/test_plan_bundles.py` holds it against real programs.
+Knows how the exporter stores weights (`export.heads`) and how XNNPACK packs them; knows no device.
+`tests/export/plan/test_plan_bundles.py` holds it against real programs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
 
-from export.plan.shapes import ModelShape, Part, Weight
+from export.families.shapes import ModelShape, Part, Weight
 from quantize.recipe import Recipe, Scheme
 
 Where = Literal["packed", "mapped", "planned"]

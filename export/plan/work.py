@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
-from export.expert_choice import choose_expert_computation
+from export.families.expert_choice import choose_expert_computation
+from export.families.shapes import ModelShape, Part, Weight, expected_distinct
 from export.plan.layout import HEAD_COLUMNS, Arithmetic, Group, groups, packed_bytes, scheme_of
-from export.plan.shapes import ModelShape, Part, Weight, expected_distinct
 from quantize.recipe import Recipe, Scheme
 
 Experts = Literal["routed", "dense", "gather"]
@@ -22,7 +22,7 @@ Experts = Literal["routed", "dense", "gather"]
 gather: each expert on its own rows. The last two are what `export` builds."""
 
 # Passes of simple operators over the logits of a row, beside the products: a tanh, an exp and what
-# sums and compares them (export/head.py, export/token_head.py).
+# sums and compares them (export/heads/uniform_diffusion.py, export/heads/token.py).
 HEAD_VALUES = {"uniform_diffusion": 8, "masked_diffusion": 7, "autoregressive": 10}
 
 

@@ -1,0 +1,199 @@
+"""A model as a list of weights and of attentions: what budget and roofline are computed from.
+
+How a config.json becomes one is the business of `export.families`; bytes of
+`export.plan.layout`, time of `export.plan.work`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Literal
+
+Part = Literal[
+    "embedding", "per-layer embedding", "attention", "mlp", "experts", "router", "head", "other"
+]
+PARTS: tuple[Part, ...] = (
+    "embedding", "per-layer embedding", "attention", "mlp", "experts", "router", "head", "other",
+)  # fmt: skip
+
+Use = Literal["lookup", "product", "experts", "elementwise"]
+"""lookup: rows are read by token. product: multiplies every row. experts: `[E, N, K]`, of which a
+row is multiplied by some. elementwise: norms, scales, biases."""
+
+Style = Literal["uniform_diffusion", "masked_diffusion", "autoregressive"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint.
+
+    name: as the checkpoint has it. shape: `[..., out, in]`. kind: the type of layer that it is of,
+    such as `sliding_attention`; empty for what is not of a layer. runs: how often it is multiplied
+    in one pass. active: of experts, how many a row goes through.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: Part
+    use: Use
+    kind: str = ""
+    runs: int = 1
+    active: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
+    @property
+    def active_parameters(self) -> int:
+        """Numbers that one token is multiplied by: of experts, those of the chosen ones."""
+        if self.use != "experts":
+            return self.parameters
+        return self.parameters // self.shape[0] * self.active
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one layer over a static cache of keys and values in fp32.
+
+    kind: as of `Weight`. owns_cache: whether its layer has a cache of its own. runs: how often it
+    runs in a pass, each with a cache of its own. copies_cache: whether a run copies its cache
+    first. window: positions that a sliding layer sees, None for all.
+    """
+
+    kind: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    owns_cache: bool = True
+    runs: int = 1
+    copies_cache: bool = False
+    window: int | None = None
+
+    def kv_bytes(self, positions: int) -> int:
+        """Bytes of its own caches for so many positions."""
+        if not self.owns_cache:
+            return 0
+        return self.runs * 2 * self.num_kv_heads * self.head_dim * 4 * positions
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """What a pass computes beside products, as fp32 values read and written by simple operators.
+
+    per_row: values that one row takes through simple operators (norms, activations, residuals), by
+    kind of layer. Counted from the graphs of `export.models`, an operator at a time.
+    """
+
+    per_row: dict[str, int] = field(default_factory=dict)
+    operators: int = 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything of a config.json that bytes and time follow from.
+
+    family: the model_type. canvas_length: positions denoised together; 1 for autoregressive models.
+    block_length: positions that see each other, 0 for all, 1 for causal. default_context,
+    prefill_length: what `export` takes, the latter for a context of that length. head_table: the
+    name of the weight that is the vocabulary head's table (the embedding's where they are tied).
+    soft_embedding: whether the head also multiplies probabilities by the table. embedding: the name
+    of the embedding table. experts: number of them in a layer, 0 for none.
+    """
+
+    family: str
+    style: Style
+    vocabulary_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    canvas_length: int
+    block_length: int
+    maximum_positions: int
+    default_context: int
+    weights: tuple[Weight, ...]
+    attentions: tuple[Attention, ...]
+    elementwise: Elementwise
+    embedding: str
+    head_table: str
+    prefill_rows: int
+    soft_cap: bool = False
+    soft_embedding: bool = False
+    truncation: bool = False
+    num_experts: int = 0
+    top_k: int = 0
+    expert_size: int = 0
+
+    @property
+    def total_parameters(self) -> int:
+        """All numbers of the text model, a tied table counted once."""
+        return sum(weight.parameters for weight in self.weights)
+
+    @property
+    def active_parameters(self) -> int:
+        """Numbers that one token goes through: of the experts only the chosen ones."""
+        return sum(weight.active_parameters for weight in self.weights)
+
+    def parameters_by_part(self) -> dict[Part, int]:
+        """Numbers of each part that there is, in the order of PARTS."""
+        found = {part: 0 for part in PARTS}
+        for weight in self.weights:
+            found[weight.part] += weight.parameters
+        return {part: count for part, count in found.items() if count}
+
+    def weight(self, name: str) -> Weight:
+        """The weight of a name."""
+        return next(weight for weight in self.weights if weight.name == name)
+
+    def prefill_length(self, context: int) -> int:
+        """Most rows of one call of the layers for a cache of `context` positions."""
+        if self.style == "uniform_diffusion":
+            return self.canvas_length
+        return min(context, self.prefill_rows) if self.prefill_rows else context
+
+    def step_rows(self, context: int) -> int:
+        """Rows of a denoising step: the canvas, its block, or everything that is visible."""
+        if self.style == "uniform_diffusion":
+            return self.canvas_length
+        if self.style == "autoregressive":
+            return 1
+        return self.block_length or self.canvas_length
+
+    def with_canvas(self, length: int) -> ModelShape:
+        """The same layers with another canvas or block length."""
+        block = length if self.block_length > 1 else self.block_length
+        return replace(self, canvas_length=length, block_length=block)
+
+    def twin(self) -> ModelShape:
+        """The autoregressive model of the same layers: one row a step, no soft embedding."""
+        return replace(
+            self,
+            style="autoregressive",
+            canvas_length=1,
+            block_length=1,
+            soft_embedding=False,
+            truncation=False,
+        )
+
+    def kv_bytes(self, positions: int) -> int:
+        """Bytes of all caches of keys and values for so many positions."""
+        return sum(attention.kv_bytes(positions) for attention in self.attentions)
+
+
+def expected_distinct(choices: int, chosen: int, rows: int) -> float:
+    """Expected number of distinct experts of `choices` that `rows` rows touch, `chosen` by each.
+
+    Under uniform, independent routing: E (1 - (1 - k / E)^n). Real routers are less even, so this
+    is an upper estimate; a canvas of 256 with 8 of 128 gives 127.99999.
+    """
+    if choices == 0:
+        return 0.0
+    return choices * (1.0 - (1.0 - chosen / choices) ** rows)
+
+
+def total(values: Iterable[float]) -> float:
+    """Their sum, as a float."""
+    return float(sum(values))

@@ -1,0 +1,658 @@
+"""The measurement protocol on the real adbd: what is run, waited for, recorded and resumed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from device_tests.adb.direct import DirectTransport
+from device_tests.adb.server import ServerAddress, open_server
+from device_tests.bench import measurement as module
+from device_tests.bench.deploy import deploy
+from device_tests.bench.device_lock import DeviceLock, holder
+from device_tests.bench.measurement import (
+    BenchEvent,
+    BenchPlan,
+    BenchStarted,
+    GateWaiting,
+    RunEnded,
+    RunProgress,
+    RunStarted,
+    bench,
+    prepare,
+    random_prompt,
+    workload,
+)
+from device_tests.bench.remote_run import RUNS_FOLDER, LinuxRunner
+from device_tests.errors import DeviceBusy
+from device_tests.local.device import LocalDevice
+from device_tests.local.fixture import MakeLocalDevice
+from device_tests.results import records
+from device_tests.results.metrics import METRICS
+from export.contract.bundle import (
+    Bundle,
+    ModelInfo,
+    SpecialTokens,
+    TokenizerInfo,
+    open_bundle,
+    write_bundle,
+)
+from export.host.evaluation import evaluate
+from export.host.puzzles import held_out
+from export.host.runtime import open_session
+from export.host.tokenizer import open_tokenizer
+from quantize.errors import InputError, OutputError
+from tests.conftest import DEMO_MODEL
+from tests.support import small_systems, toy_model
+from tests.support.bench_tools import (
+    DEPLOYMENT,
+    QUICK,
+    Scripted,
+    ScriptRunner,
+    connect,
+    processes_of,
+    wait_for,
+)
+from tests.support.record_samples import ANSWER
+
+
+@pytest.fixture
+def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:
+    with connect(local_device) as transport:
+        yield transport
+        transport.shell(f"rm -rf {RUNS_FOLDER}")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A bundle that only scripted runners could run."""
+    return write_bundle(
+        tmp_path / "bundle",
+        toy_model.manifest(tokenizer=TokenizerInfo("t.json", None)),
+        {"layers.pte": b"layers", "head.pte": b"head", "t.json": b"{}"},
+    )
+
+
+@pytest.fixture
+def run_bench(
+    transport: DirectTransport, bundle: Bundle, tmp_path: Path
+) -> Callable[..., module.BenchOutcome]:
+    """A bench with scripted runs; records go to results.jsonl."""
+
+    def run(plan: BenchPlan, runner: object = None, **options: object) -> module.BenchOutcome:
+        options = {"transport": transport} | options
+        return bench(
+            options.pop("transport"), bundle, DEPLOYMENT, runner or Scripted(), plan,
+            tmp_path / "results.jsonl", **options,
+        )  # fmt: skip
+
+    return run
+
+
+# The plan.
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"passes": {"fast": 1}}, "no pass 'fast'"),
+        ({"passes": {"speed": -1}}, "repeats of the pass speed is -1"),
+        ({"passes": {"speed": 0}}, "no run"),
+        ({"threads": ()}, "threads"),
+        ({"threads": (2, 2)}, "once"),
+        ({"threads": (0,)}, "threads is 0"),
+        ({"threads": (True,)}, "threads is True"),
+        ({"prompt_text": " "}, "prompt_text is empty"),
+        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"canvases": 0}, "canvases is 0"),
+        ({"force_steps": 1.5}, "force_steps is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is"),
+        ({"max_temperature_c": float("nan")}, "max_temperature_c is nan"),
+        ({"gate_timeout_s": -1}, "gate_timeout_s is -1"),
+        ({"poll_s": 0}, "poll_s is 0"),
+        ({"hang_s": "60"}, "hang_s is '60'"),
+        ({"memory_interval_ms": 0}, "memory_interval_ms is 0"),
+        ({"memory_limit_bytes": 0}, "memory_limit_bytes is 0"),
+        ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
+        ({"puzzles": 0}, "puzzles is 0"),
+        ({"passes": {"puzzles": 1}}, "say how many"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_by_name(change: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        BenchPlan(**change)
+
+
+# Puzzles.
+
+
+@pytest.fixture(scope="module")
+def puzzle_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle that only scripted runners could run, with a tokenizer that can write puzzles."""
+    info = ModelInfo("toy", "toy", 64, 8, 6, 60)
+    special = SpecialTokens(eos=(1, 5), pad=0, bos=2)
+    manifest = toy_model.manifest(
+        info, tokenizer=TokenizerInfo("t.json", None), special_tokens=special
+    )
+    tokenizer = (DEMO_MODEL / "tokenizer.json").read_bytes()
+    files = {"layers.pte": b"layers", "head.pte": b"head", "t.json": tokenizer}
+    return write_bundle(tmp_path_factory.mktemp("puzzles") / "bundle", manifest, files)
+
+
+def test_puzzles_are_asked_only_if_their_number_is_given(puzzle_bundle: Bundle) -> None:
+    assert BenchPlan().passes.get("puzzles", 0) == 0
+    assert BenchPlan(puzzles=2).passes["puzzles"] == 3
+    assert prepare(BenchPlan(), puzzle_bundle)[1] == ()
+    workloads, puzzles = prepare(BenchPlan(puzzles=2, seed=4), puzzle_bundle)
+    assert puzzles == tuple(held_out(2, 4)) and len(puzzles) == 6
+    # A sudoku's answer and the end token are twenty tokens: four canvases of six.
+    asked = workloads["puzzles"]
+    assert (asked["max_new_tokens"], asked["puzzles"], asked["force_steps"]) == (24, 2, None)
+    assert "puzzles" not in workloads["speed"], "as before there was such a pass"
+
+
+def test_puzzles_for_a_bundle_that_cannot_write_them_are_refused(
+    tmp_path: Path, toy_bundle: Path
+) -> None:
+    files = {"layers.pte": b"layers", "head.pte": b"head"}
+    bare = write_bundle(tmp_path / "bare", toy_model.manifest(), files)
+    with pytest.raises(InputError, match=r"without a tokenizer.*leave out --puzzles"):
+        prepare(BenchPlan(puzzles=1), bare)
+    with pytest.raises(InputError, match=r"no token for '[0-9]'"):
+        prepare(BenchPlan(puzzles=1), open_bundle(toy_bundle))
+
+
+def test_puzzles_are_one_run_and_graded_here(
+    transport: DirectTransport, puzzle_bundle: Bundle, tmp_path: Path
+) -> None:
+    plan = BenchPlan(passes={"puzzles": 1}, puzzles=2, **QUICK)
+    texts = [f" {puzzle.answer}\n" for puzzle in held_out(2, 0)]
+    texts[-1] = texts[-1].strip() + "0"
+
+    def run(texts: list[str], name: str) -> dict:
+        answers = [ANSWER | {"text": text} for text in texts]
+        runner = Scripted(changes={"protocol": 2, "answers": answers})
+        file = tmp_path / name
+        bench(transport, puzzle_bundle, DEPLOYMENT, runner, plan, file)
+        (record,) = records.read(file)
+        return record
+
+    record = run(texts, "ok.jsonl")
+    assert record["status"] == "ok" and record["schema_version"] == 4
+    assert [puzzle["is_exact"] for puzzle in record["puzzles"]] == [True] * 5 + [False]
+    assert record["metrics"]["exact_match"] == 5 / 6
+    assert record["metrics"]["exact_match_sort"] == 1
+    assert record["metrics"]["answer_ms"] == 80
+    failed = run(texts[:-1], "few.jsonl")
+    assert failed["failure"]["reason"] == "internal" and "puzzles" not in failed
+    assert "5 answers to 6 puzzles" in failed["failure"]["sentence"]
+
+
+@pytest.mark.slow
+def test_the_device_and_evaluate_say_the_same_of_a_bundle(
+    transport: DirectTransport, demo_bundle: Bundle, tmp_path: Path
+) -> None:
+    """The demo model on the local device, and in this process with the same puzzles and seeds."""
+    deployment = deploy(transport, demo_bundle)
+    plan = BenchPlan(passes={"puzzles": 1}, puzzles=4, seed=3, threads=(1,), **QUICK)
+    bench(transport, demo_bundle, deployment, LinuxRunner(), plan, tmp_path / "r.jsonl")
+    (record,) = records.read(tmp_path / "r.jsonl")
+    tallies = evaluate(
+        open_session(demo_bundle, 1), open_tokenizer(demo_bundle), held_out(4, 3), seed=3
+    )
+    for tally in tallies:
+        name = "exact_match" if tally.kind == "all" else f"exact_match_{tally.kind}"
+        assert record["metrics"][name] == tally.exact_match
+    steps = [answer["steps"] for answer in record["result"]["answers"]]
+    assert sum(steps) / len(steps) == tallies[-1].mean_steps
+
+
+def test_passes_differ_in_what_they_ask_for() -> None:
+    manifest = toy_model.manifest(tokenizer=TokenizerInfo("t.json", None))
+    plan = BenchPlan(prompt_text="hello", force_steps=4, canvases=2)
+    speed, natural, cold = (workload(plan, name, manifest) for name in ("speed", "natural", "cold"))
+    assert (speed["force_steps"], natural["force_steps"]) == (4, None)
+    assert (speed["prompt_text"], natural["prompt_text"]) == (None, "hello")
+    assert (speed["prompt_tokens"], natural["prompt_tokens"]) == (28, None)  # 40 - 2 canvases of 6
+    assert speed["max_new_tokens"] == 12
+    assert (speed["warmup_steps"], cold["warmup_steps"]) == (2, 0)
+    without = workload(plan, "natural", toy_model.manifest())
+    assert (without["prompt_text"], without["prompt_tokens"]) == (None, 28)
+
+
+@pytest.mark.parametrize("change", [{"canvases": 7}, {"prompt_tokens": 35}])
+def test_a_plan_that_does_not_fit_the_model_is_refused(change: dict) -> None:
+    with pytest.raises(InputError, match="context of 40"):
+        workload(BenchPlan(**change), "speed", toy_model.manifest())
+
+
+def test_the_random_prompt_has_no_special_token_and_depends_on_the_seed() -> None:
+    manifest = toy_model.manifest()
+    drawn = random_prompt(manifest, 5000, 0)
+    assert set(drawn) == set(range(3, 29))  # every token but <pad>, <eos>, <bos>
+    assert random_prompt(manifest, 50, 0) == drawn[:50]
+    assert random_prompt(manifest, 50, 1) != drawn[:50]
+
+
+# Runs and records.
+
+
+def test_every_run_of_the_plan_is_made_in_order_and_recorded(
+    run_bench: Callable, tmp_path: Path, transport: DirectTransport
+) -> None:
+    told: list[BenchEvent] = []
+    plan = BenchPlan(passes={"natural": 1, "speed": 2}, threads=(2, None), **QUICK)
+    outcome = run_bench(plan, on_event=told.append)
+    assert outcome.ended_early is None and outcome.failed == 0
+    written = records.read(tmp_path / "results.jsonl")
+    assert written == list(outcome.records)
+    assert [(r["conditions"]["threads"], r["pass"], r["repeat"]) for r in written] == [
+        (2, "speed", 0), (2, "speed", 1), (2, "natural", 0),
+        (None, "speed", 0), (None, "speed", 1), (None, "natural", 0),
+    ]  # fmt: skip
+    first = written[0]
+    assert first["conditions"]["bundle"]["name"] == "toy"
+    assert first["conditions"]["versions"]["script"] == "1"
+    assert first["conditions"]["device"]["kernel"]
+    assert [s["phase"] for s in first["sensors"]][:: len(first["sensors"]) - 1] == [
+        "before", "after",
+    ]  # fmt: skip
+    assert {s["phase"] for s in first["sensors"]} == {"before", "during", "after"}
+    assert first["sensors"][0]["t_s"] < 0
+    assert [e["step"] for e in first["steps"]] == [1]
+    assert set(first["metrics"]) == {metric.name for metric in METRICS}
+    kinds = [type(event) for event in told]
+    assert kinds[0] is BenchStarted and kinds.count(RunStarted) == kinds.count(RunEnded) == 6
+    assert RunProgress in kinds
+    ends = [event for event in told if isinstance(event, RunEnded)]
+    assert [event.number for event in ends] == [1, 2, 3, 4, 5, 6]
+    assert ends[-1].eta_s == 0 and ends[0].eta_s > 0
+    assert holder(transport) is None
+    assert transport.shell(f"ls {RUNS_FOLDER}").text == ""  # what went well leaves nothing
+
+
+def test_a_failure_is_recorded_and_the_next_run_made(
+    run_bench: Callable, transport: DirectTransport
+) -> None:
+    outcome = run_bench(
+        BenchPlan(passes={"speed": 3}, **QUICK), Scripted("kill -KILL $$", only="-1")
+    )
+    assert [r["status"] for r in outcome.records] == ["ok", "failed", "ok"]
+    failed = outcome.records[1]
+    assert failed["failure"]["reason"] == "crash_signal"
+    assert len(failed["steps"]) == 1  # what it told before
+    assert set(failed["metrics"].values()) == {None}
+    assert failed["conditions"]["versions"]["script"] == "1"
+    # What failed stays on the device for whoever wants to look.
+    assert transport.shell(f"ls {RUNS_FOLDER}").text.split() == [failed["run_id"]]
+
+
+def test_a_runner_that_is_missing_ends_the_bench_with_one_record(run_bench: Callable) -> None:
+    outcome = run_bench(BenchPlan(passes={"speed": 3}, **QUICK), ScriptRunner("no-such-program"))
+    assert [r["failure"]["reason"] for r in outcome.records] == ["runner_missing"]
+    assert "2 of 3 runs were not made" in outcome.ended_early
+
+
+def test_a_device_that_is_gone_ends_the_bench_and_resume_makes_the_rest(
+    make_local_device: MakeLocalDevice,
+    run_bench: Callable,
+) -> None:
+    device = make_local_device()
+    plan = BenchPlan(passes={"speed": 3}, **QUICK | {"gone_s": 0.5})
+
+    def pull(event: BenchEvent) -> None:
+        if isinstance(event, RunProgress) and event.run.repeat == 1:
+            device.stop()
+
+    with connect(device) as transport:
+        outcome = run_bench(plan, Scripted("sleep 1"), transport=transport, on_event=pull)
+        assert [r["status"] for r in outcome.records] == ["ok", "failed"]
+        assert outcome.records[1]["failure"]["reason"] == "device_gone"
+        assert outcome.ended_early is not None
+        device.start()
+        # The lock is still there; whoever held it is this very process, which lives. It gives it up
+        # by itself only when it can reach the device.
+        transport.reconnect(10)
+        transport.shell("rm -rf /data/local/tmp/pocketdiff/lock")
+        again = run_bench(plan, transport=transport, resume=True)
+    assert again.skipped == 1
+    assert [r["repeat"] for r in again.records] == [1, 2] and again.failed == 0
+
+
+def test_a_device_that_restarts_costs_one_run(
+    make_local_device: MakeLocalDevice,
+    run_bench: Callable,
+) -> None:
+    device = make_local_device()
+
+    def restart(event: BenchEvent) -> None:
+        is_first = isinstance(event, RunProgress) and event.run.repeat == 0
+        if is_first and event.event["event"] == "started":
+            device.restart()
+
+    with connect(device) as transport:
+        outcome = run_bench(
+            BenchPlan(passes={"speed": 2}, **QUICK | {"gone_s": 20.0}),
+            Scripted("sleep 1"),
+            transport=transport,
+            on_event=restart,
+        )
+        assert holder(transport) is None
+    first, second = outcome.records
+    assert first["failure"]["reason"] == "device_restarted" and second["status"] == "ok"
+
+
+def test_a_results_file_that_cannot_be_is_refused_before_the_first_run(
+    transport: DirectTransport, bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        plan = BenchPlan(passes={"speed": 1}, **QUICK)
+        bench(transport, bundle, DEPLOYMENT, Scripted(), plan, tmp_path / "no" / "results.jsonl")
+
+
+# Resume and interruption.
+
+
+def test_resume_makes_what_is_missing_or_failed_and_nothing_else(run_bench: Callable) -> None:
+    plan = BenchPlan(passes={"speed": 3}, **QUICK)
+    run_bench(plan, Scripted("exit 1", only="-1"))
+    again = run_bench(plan, resume=True)
+    assert again.skipped == 2 and [r["repeat"] for r in again.records] == [1]
+    assert run_bench(plan, resume=True).records == ()
+    for change in (
+        {"seed": 1},
+        {"force_steps": 3},
+        {"threads": (1,)},
+        {"max_temperature_c": 30.0},
+        {"poll_s": 0.25},
+    ):
+        other = BenchPlan(**{"passes": {"speed": 3}} | QUICK | change)
+        assert len(run_bench(other, resume=True).records) == 3
+    assert len(run_bench(plan).records) == 3  # without resume all are made
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_kills_the_run_and_gives_the_device_back(
+    run_bench: Callable,
+    local_device: LocalDevice,
+    transport: DirectTransport,
+    tmp_path: Path,
+    error: type[BaseException],
+) -> None:
+    def interrupt(event: BenchEvent) -> None:
+        if isinstance(event, RunProgress) and event.run.repeat == 1:
+            assert processes_of(local_device, "sleep 604")
+            raise error
+
+    plan = BenchPlan(passes={"speed": 3}, **QUICK)
+    with pytest.raises(error):
+        run_bench(plan, Scripted("sleep 604", only="-1"), on_event=interrupt)
+    wait_for(lambda: not processes_of(local_device, "sleep 604"))
+    assert holder(transport) is None
+    [left] = records.read(tmp_path / "results.jsonl")
+    assert (left["repeat"], left["status"]) == (0, "ok")
+
+
+def test_a_bench_that_was_killed_is_resumed(
+    run_bench: Callable,
+    local_device: LocalDevice,
+    transport: DirectTransport,
+    tmp_path: Path,
+) -> None:
+    results = tmp_path / "results.jsonl"
+    code = (
+        "from device_tests.bench.measurement import *; from tests.support.bench_tools import *\n"
+        "from export.contract.bundle import open_bundle\n"
+        f"device = type('Device', (), {{'port': {local_device.port}}})\n"
+        f"bench(connect(device), open_bundle({str(tmp_path / 'bundle')!r}), DEPLOYMENT, "
+        "Scripted('sleep 605', only='-1'), BenchPlan(passes={'speed': 3}, **QUICK), "
+        f"{str(results)!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        wait_for(lambda: processes_of(local_device, "sleep 605"), 60)
+    finally:
+        process.kill()
+        process.wait()
+    with results.open("ab") as file:
+        file.write(b'{"schema_version": 1, "rec')  # and in the middle of a line
+    told: list[BenchEvent] = []
+    outcome = run_bench(BenchPlan(passes={"speed": 3}, **QUICK), resume=True, on_event=told.append)
+    assert outcome.skipped == 1 and outcome.failed == 0
+    assert [r["repeat"] for r in records.read(results)] == [0, 1, 2]
+    assert "left behind" in told[0].note
+    assert not processes_of(local_device, "sleep 605")
+
+
+def test_a_second_bench_is_refused_with_the_name_of_the_first(
+    run_bench: Callable, transport: DirectTransport, tmp_path: Path
+) -> None:
+    refused: list[str] = []
+
+    def second(event: BenchEvent) -> None:
+        if isinstance(event, RunProgress) and not refused:
+            with pytest.raises(DeviceBusy) as caught:
+                run_bench(BenchPlan(passes={"speed": 1}, **QUICK))
+            refused.append(str(caught.value))
+
+    plan = BenchPlan(passes={"speed": 1}, **QUICK)
+    outcome = run_bench(plan, Scripted("sleep 0.3"), on_event=second)
+    assert outcome.bench_id in refused[0]
+    assert len(records.read(tmp_path / "results.jsonl")) == 1
+
+
+def test_a_bench_that_lost_its_lock_ends(run_bench: Callable, transport: DirectTransport) -> None:
+    def steal(event: BenchEvent) -> None:
+        if isinstance(event, RunEnded) and event.number == 1:
+            transport.shell("rm -rf /data/local/tmp/pocketdiff/lock")
+            DeviceLock(transport, "thief").acquire()
+
+    with pytest.raises(DeviceBusy, match=r"taken away.*thief"):
+        run_bench(BenchPlan(passes={"speed": 2}, **QUICK), on_event=steal)
+    assert holder(transport).bench_id == "thief"
+    transport.shell("rm -rf /data/local/tmp/pocketdiff/lock")
+
+
+# The gate.
+
+
+@pytest.fixture
+def thermometer(tmp_path: Path) -> Path:
+    """A thermal zone as sysfs shows it; millidegrees go into the file."""
+    zone = tmp_path / "thermal" / "thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "type").write_text("cpu-thermal\n")
+    (zone / "temp").write_text("61500\n")
+    return zone / "temp"
+
+
+@pytest.fixture
+def warm(
+    make_local_device: MakeLocalDevice,
+    thermometer: Path,
+) -> Iterator[DirectTransport]:
+    device = make_local_device(binds={thermometer.parents[1]: "/sys/class/thermal"})
+    with connect(device) as transport:
+        yield transport
+
+
+def test_the_gate_waits_for_the_temperature_and_not_for_a_time(
+    run_bench: Callable, warm: DirectTransport, thermometer: Path
+) -> None:
+    told: list[BenchEvent] = []
+
+    def listen(event: BenchEvent) -> None:
+        told.append(event)
+        waits = [one for one in told if isinstance(one, GateWaiting)]
+        if len(waits) == 2:
+            thermometer.write_text("45000\n")  # not under the threshold
+        if len(waits) == 4:
+            thermometer.write_text("44900\n")
+
+    plan = BenchPlan(passes={"speed": 1}, **QUICK)
+    outcome = run_bench(plan, transport=warm, on_event=listen)
+    waits = [event for event in told if isinstance(event, GateWaiting)]
+    assert [wait.temperature_c for wait in waits] == [61.5, 61.5, 45.0, 45.0]
+    assert waits[0].sensor == "cpu-thermal" and waits[0].threshold_c == 45
+    assert [type(event) for event in told].index(RunStarted) == len(waits) + 1
+    record = outcome.records[0]
+    assert record["status"] == "ok"
+    assert record["gate"] | {"waited_s": 0} == {
+        "threshold_c": 45.0, "sensor": "cpu-thermal", "begin_c": 44.9, "waited_s": 0,
+        "timed_out": False,
+    }  # fmt: skip
+    assert record["gate"]["waited_s"] > 0
+    assert {s["temperature_c"]["cpu-thermal"] for s in record["sensors"]} == {44.9}
+
+
+def test_a_device_that_stays_warm_is_recorded_and_given_up_after_two_runs(
+    run_bench: Callable, warm: DirectTransport
+) -> None:
+    plan = BenchPlan(passes={"speed": 5}, gate_timeout_s=0.2, **QUICK)
+    outcome = run_bench(plan, transport=warm)
+    assert [r["failure"]["reason"] for r in outcome.records] == ["thermal_timeout"] * 2
+    assert "61.5" in outcome.records[0]["failure"]["sentence"]
+    assert outcome.records[0]["gate"]["timed_out"] is True
+    assert outcome.records[0]["sensors"][0]["temperature_c"] == {"cpu-thermal": 61.5}
+    assert "3 of 5 runs were not made" in outcome.ended_early
+
+
+def test_one_time_out_does_not_end_the_bench(
+    run_bench: Callable, warm: DirectTransport, thermometer: Path
+) -> None:
+    def cool(event: BenchEvent) -> None:
+        if isinstance(event, RunEnded):
+            thermometer.write_text("30000\n" if event.number == 1 else "70000\n")
+
+    plan = BenchPlan(passes={"speed": 3}, gate_timeout_s=0.1, **QUICK)
+    outcome = run_bench(plan, transport=warm, on_event=cool)
+    assert [r["status"] for r in outcome.records] == ["failed", "ok", "failed"]
+
+
+def test_a_device_without_a_thermometer_is_recorded_as_such(
+    run_bench: Callable,
+    make_local_device: MakeLocalDevice,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    device = make_local_device(binds={tmp_path / "empty": "/sys/class/thermal"})
+    with connect(device) as transport:
+        plan = BenchPlan(passes={"speed": 1}, max_temperature_c=0, **QUICK)
+        outcome = run_bench(plan, transport=transport)
+    gate = outcome.records[0]["gate"]
+    assert (gate["sensor"], gate["begin_c"], gate["timed_out"]) == (None, None, False)
+    assert outcome.records[0]["status"] == "ok"
+
+
+# Other ways to a device, and other systems on it.
+
+
+def test_a_bench_through_an_adb_server(
+    run_bench: Callable,
+    make_local_device: MakeLocalDevice,
+    private_server: ServerAddress,
+) -> None:
+    device = make_local_device()
+    transport = open_server(device.serial)
+
+    def restart(event: BenchEvent) -> None:
+        is_second = isinstance(event, RunProgress) and event.run.repeat == 1
+        if is_second and event.event["event"] == "started":
+            device.restart()
+
+    plan = BenchPlan(passes={"speed": 3}, **QUICK | {"gone_s": 30.0})
+    outcome = run_bench(plan, Scripted("sleep 0.5"), transport=transport, on_event=restart)
+    assert [r["conditions"]["transport"] for r in outcome.records] == ["server"] * 3
+    assert [r["failure"] and r["failure"]["reason"] for r in outcome.records] == [
+        None, "device_restarted", None,
+    ]  # fmt: skip
+    assert holder(transport) is None
+
+
+TOOLS = (
+    "cat", "date", "grep", "head", "ls", "mkdir", "mv", "rm", "setsid", "sleep", "stat", "tail",
+    "touch", "uname",
+)  # fmt: skip
+
+
+@pytest.fixture(params=["toybox with mksh", "busybox"])
+def small_system(request: pytest.FixtureRequest, tmp_path: Path) -> dict[Path, str]:
+    """The shell and the tools of Android, or of busybox, in the places of this machine's."""
+    packages = ("toybox", "mksh") if "mksh" in request.param else ("busybox",)
+    small_systems.small_system(request.param, packages, tmp_path)
+    programs = {tool: tmp_path / "bin" / packages[0] for tool in TOOLS}
+    # The first name that its file is called by tells busybox what to be.
+    programs["sh"] = tmp_path / "bin" / packages[-1]
+    (tmp_path / "tools").mkdir()
+    binds = {}
+    for name, program in programs.items():
+        os.link(program, tmp_path / "tools" / name)
+        binds[tmp_path / "tools" / name] = str(Path(shutil.which(name)).resolve())
+    return binds
+
+
+def test_small_systems_measure_as_well(
+    run_bench: Callable,
+    make_local_device: MakeLocalDevice,
+    small_system: dict[Path, str],
+    thermometer: Path,
+) -> None:
+    thermometer.write_text("40000\n")
+    device = make_local_device(binds=small_system | {thermometer.parents[1]: "/sys/class/thermal"})
+    with connect(device) as transport:
+        plan = BenchPlan(passes={"speed": 3}, **QUICK | {"hang_s": 0.5})
+        outcome = run_bench(plan, SmallRunner(), transport=transport)
+        assert [r["failure"] and r["failure"]["reason"] for r in outcome.records] == [
+            "crash_signal", "hang", None,
+        ]  # fmt: skip
+        assert {r["gate"]["begin_c"] for r in outcome.records} == {40.0}
+        wait_for(lambda: not processes_of(device, "sleep 606"))
+        lock = DeviceLock(transport, "left")
+        lock.acquire()
+        with pytest.raises(DeviceBusy, match="left"):
+            run_bench(plan, transport=transport)
+        lock.beat()
+        transport.shell("touch -d @5 /data/local/tmp/pocketdiff/lock/beat")
+        lock.release()
+        assert holder(transport) is None
+
+
+class SmallRunner:
+    """Killed, hung, well: by the number of the repeat."""
+
+    def command(self, request: str) -> str:
+        run_id = request.split("/")[-2]
+        return Scripted(["kill -KILL $$", "sleep 606", ""][int(run_id[-1])]).command(request)
+
+
+# The real runner.
+
+
+def test_the_toy_model_is_measured(
+    transport: DirectTransport, toy_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(toy_bundle)
+    plan = BenchPlan(
+        passes={"cold": 1, "speed": 1, "natural": 1, "memory": 1}, threads=(1,), force_steps=4,
+        prompt_text="abc", poll_s=0.2, prompt_tokens=6,
+    )  # fmt: skip
+    results = tmp_path / "results.jsonl"
+    outcome = bench(transport, bundle, deploy(transport, bundle), LinuxRunner(), plan, results)
+    cold, speed, natural, memory = records.read(results)
+    assert outcome.failed == 0
+    assert cold["result"]["cold"]["requested"] and not speed["result"]["cold"]["requested"]
+    assert [len(r["steps"]) for r in (cold, speed, memory)] == [4, 4, 4]
+    assert speed["result"]["prompt_tokens"] == 6 and natural["result"]["prompt_tokens"] != 6
+    assert isinstance(natural["result"]["text"], str)
+    assert memory["memory"] and not speed["memory"]
+    assert speed["metrics"]["step_ms"] > 0
+    assert memory["metrics"]["peak_pss_bytes"] > 0
+    # The same seed and steps give the same tokens, whatever is measured beside.
+    assert cold["result"]["tokens"] == speed["result"]["tokens"] == memory["result"]["tokens"]

@@ -1,0 +1,258 @@
+"""Stamped stages against those lowered in full, and cut bundles against whole ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.backends import lower_stage
+from export.backends.xnnpack.instantiation import Place, Template, make_template
+from export.contract.bundle import Bundle, open_bundle
+from export.exporter import export_bundle
+from export.host.program_file import read_program_layout
+from export.host.runtime import EagerModel, eager_stages, open_session
+from export.host.uniform_diffusion import UniformDiffusionSettings
+from export.models import stage_model
+from export.models.staging import StageModule
+from export.models.weights import RandomWeights
+from quantize.checkpoint import Checkpoint, open_checkpoint
+from quantize.errors import CheckpointError, LoweringError
+from quantize.quantizer import quantize_checkpoint
+from quantize.recipe import preset
+from tests.scripts.test_cli import start
+from tests.support import dense_checkpoints, hf_reference
+
+CONTEXT = 96
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of two layers of one form, and the same in int4."""
+    root = tmp_path_factory.mktemp("stamping")
+    config = hf_reference.two_equal_layers()
+    hf_reference.save(hf_reference.random_model(config, seed=5), root / "fp32")
+    quantize_checkpoint(root / "fp32", root / "int4", preset("int4-g32"))
+    return {"fp32": root / "fp32", "int4": root / "int4", "root": root}
+
+
+def cut_layers(checkpoint: Checkpoint, experts: str = "gather") -> list[StageModule]:
+    staged = stage_model(checkpoint, maximum_context=CONTEXT, experts=experts, layers_per_stage=1)
+    return [stage for stage in staged.stages if stage.form is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "experts"), [("int4", "gather"), ("fp32", "dense")])
+def test_a_stamped_program_is_the_lowered_one_byte_for_byte(
+    folders: dict[str, Path], kind: str, experts: str, tmp_path: Path
+) -> None:
+    first, second = cut_layers(open_checkpoint(folders[kind]), experts)
+    template, _ = make_template(first, first.form, "xnnpack", tmp_path / "form.pte")
+    template.stamp(second.form.weights, tmp_path / "stamped.pte")
+    lower_stage(second, "xnnpack").write(tmp_path / "lowered.pte")
+    assert (tmp_path / "stamped.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
+    assert (tmp_path / "stamped.pte").read_bytes() != (tmp_path / "form.pte").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"form.pte", "stamped.pte", "lowered.pte"}
+
+    # Equal tensors keep keys of their own, so that each has its own bytes in the file.
+    class Same(RandomWeights):
+        def _make(self, name: str, index: int | None) -> torch.Tensor:
+            weight = super()._make(name, index)
+            if type(weight) is torch.Tensor:
+                return torch.ones_like(weight)
+            weight.qdata.fill_(3)
+            return weight
+
+    template.stamp(Same(first.form.weights), tmp_path / "same.pte")
+    layout = read_program_layout(tmp_path / "same.pte")
+    assert len(layout.named) == len(read_program_layout(tmp_path / "form.pte").named)
+    assert all(
+        path.stat().st_size == (tmp_path / "form.pte").stat().st_size for path in tmp_path.iterdir()
+    )
+
+
+@pytest.mark.slow
+def test_a_program_with_a_weight_that_is_not_found_is_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is injected: the module changes a weight after it was read."""
+    (first, _) = cut_layers(open_checkpoint(folders["fp32"]), "dense")
+    build = first.form.build
+
+    def changed(weights: RandomWeights) -> torch.nn.Module:
+        module = build(weights)
+        module.layers[0].mlp.up_proj.weight.mul_(2.0)
+        return module
+
+    form = type(first.form)(first.form.name, changed, first.form.weights)
+    with pytest.raises(LoweringError, match=r"up_proj.* 0 times"):
+        make_template(first, form, "xnnpack", tmp_path / "form.pte")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    """A hand-made template: the check itself needs no lowering."""
+
+    class Scalar:
+        def get_packed(self, name: str, index: int | None = None) -> None:
+            return None
+
+        def get(self, name: str, index: int | None = None) -> torch.Tensor:
+            return torch.ones(2)
+
+    file = tmp_path / "form.pte"
+    shutil.copyfile(_any_program(tmp_path), file)
+    template = Template(file, (Place("a", None, "plain", 64, 4, None),))
+    with pytest.raises(LoweringError, match="8 bytes of plain"):
+        template.stamp(Scalar(), tmp_path / "stamped.pte")
+    assert not (tmp_path / "stamped.pte").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def _any_program(folder: Path) -> Path:
+    stage = StageModule(
+        "one", "layers", torch.nn.Linear(8, 8), (torch.zeros(4, 8),), ("x",), ("y",)
+    )
+    lower_stage(stage, "xnnpack").write(folder / "one.pte")
+    return folder / "one.pte"
+
+
+@pytest.fixture(scope="module")
+def cut_bundle(folders: dict[str, Path]) -> Bundle:
+    return export_bundle(
+        folders["int4"],
+        folders["root"] / "cut.bundle",
+        maximum_context=CONTEXT,
+        experts="gather",
+        layers_per_stage=1,
+    )
+
+
+@pytest.mark.slow
+def test_a_cut_bundle_generates_the_tokens_of_the_whole_one(
+    folders: dict[str, Path], cut_bundle: Bundle, tmp_path: Path
+) -> None:
+    whole = export_bundle(
+        folders["int4"], tmp_path / "whole", maximum_context=CONTEXT, experts="gather"
+    )
+    names = [stage.name for stage in cut_bundle.manifest.stages]
+    assert names == ["entry", "layers_00", "layers_01", "norm", "head"]
+    assert cut_bundle.manifest.delegation.keys() == set(names)
+    for seed, prompt in enumerate([[1, 2, 3], list(range(40)), [63] * 17]):
+        answers = []
+        for bundle in (whole, cut_bundle):
+            session = open_session(bundle)
+            settings = UniformDiffusionSettings(**bundle.manifest.sampler.settings)
+            result = session.generate(prompt, max_new_tokens=32, seed=seed, settings=settings)
+            answers.append(list(result.tokens))
+        assert answers[0] == answers[1]
+        assert len(answers[0]) > 0
+
+
+def test_cut_layers_compute_what_the_whole_model_does(folders: dict[str, Path]) -> None:
+    checkpoint = open_checkpoint(folders["int4"])
+    whole = EagerModel.from_stages(stage_model(checkpoint, maximum_context=CONTEXT))
+    torch.manual_seed(0)
+    calls = [
+        (
+            torch.randint(0, 64, (1, 16)),
+            torch.tensor([start]),
+            torch.tensor([denoise]),
+            torch.randn(1, 16, 64),
+        )
+        for start, denoise in [(0, 0), (16, 0), (32, 1), (32, 1), (32, 0), (48, 1)]
+    ]
+    expected = [whole.run_layers(*call) for call in calls]
+    for count in (1, 2, 5):
+        cut = EagerModel.from_stages(
+            stage_model(checkpoint, maximum_context=CONTEXT, layers_per_stage=count)
+        )
+        for call, hidden in zip(calls, expected, strict=True):
+            assert torch.equal(cut.run_layers(*call), hidden)
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada", "qwen2"])
+def test_cut_layers_of_dense_decoders_compute_the_same(kind: str, tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path, kind, seed=2)
+    checkpoint = open_checkpoint(tmp_path)
+    whole, cut = (
+        eager_stages(stage_model(checkpoint, maximum_context=64, layers_per_stage=count))
+        for count in (None, 1)
+    )
+    torch.manual_seed(0)
+    for rows, first, block in [(32, 0, 32), (5, 32, 1), (32, 32, 64)]:
+        call = {
+            "tokens": torch.randint(0, 90, (1, rows)),
+            "start": torch.tensor([first]),
+            "block_length": torch.tensor([block]),
+        }
+        assert torch.equal(whole.layers(call), cut.layers(call))
+
+
+@pytest.mark.slow
+def test_a_cut_dense_decoder_is_stamped_and_takes_any_length(tmp_path: Path) -> None:
+    dense_checkpoints.write(tmp_path / "hf", "sdar", seed=2)
+    quantize_checkpoint(tmp_path / "hf", tmp_path / "int4", preset("int4-g32"))
+    first, second = cut_layers(open_checkpoint(tmp_path / "int4"))
+    template, _ = make_template(first, first.form, "xnnpack", tmp_path / "form.pte")
+    template.stamp(second.form.weights, tmp_path / "stamped.pte")
+    lower_stage(second, "xnnpack").write(tmp_path / "lowered.pte")
+    assert (tmp_path / "stamped.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
+
+
+def test_a_family_whose_layers_cannot_be_cut_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hrm_text"}))
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be cut into stages of 1"):
+        stage_model(open_checkpoint(tmp_path), layers_per_stage=1)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_export_goes_on_to_the_same_bytes(
+    folders: dict[str, Path], cut_bundle: Bundle, tmp_path: Path
+) -> None:
+    command = (
+        "export", folders["int4"], tmp_path / "cut.bundle",
+        "--maximum-context", str(CONTEXT), "--experts", "gather", "--layers-per-stage", "1",
+    )  # fmt: skip
+    # Killed while the form is lowered, then after a stage was stamped from it.
+    for until in ("entry.pte", "layers_00.pte"):
+        process = start(*command)
+        try:
+            deadline = time.monotonic() + 300
+            while not list(tmp_path.rglob(until)):
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(0.1)
+        finally:
+            process.kill()
+            process.communicate()
+        assert not (tmp_path / "cut.bundle").exists()
+    (form,) = tmp_path.rglob(".forms/*.pte")
+    made = form.stat().st_mtime_ns
+    process = start(*command)
+    while process.poll() is None:
+        with suppress(FileNotFoundError):  # it goes before the bundle is sealed
+            assert form.stat().st_mtime_ns == made
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.bundle"]
+    assert digests(tmp_path / "cut.bundle") == digests(cut_bundle.folder)
+    open_bundle(tmp_path / "cut.bundle")

@@ -1,0 +1,492 @@
+"""The host loop does what transformers' generate() does, in PyTorch and in ExecuTorch alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.contract import philox
+from export.contract.bundle import Sampler, Stage, open_bundle, write_bundle
+from export.host.runtime import BundleModel, EagerModel, open_session
+from export.host.session import CanvasCommitted, CanvasDenoised, CanvasStarted, Event, PromptEncoded
+from export.host.uniform_diffusion import (
+    HeadOutput,
+    UniformDiffusionSession,
+    UniformDiffusionSettings,
+    score,
+)
+from quantize.errors import BundleError, InputError
+from tests.support import toy_model
+from tests.support.toy_model import INFO, SPECIAL
+
+T = INFO.canvas_length
+SETTINGS = UniformDiffusionSettings(**toy_model.SETTINGS)
+PROMPT = [2, 5, 6, 7, 8, 9, 10, 3]
+
+
+def eager_session(**settings: Any) -> UniformDiffusionSession:
+    model = EagerModel(toy_model.ToyLayers(), toy_model.ToyHead(), INFO)
+    return UniformDiffusionSession(model, SPECIAL, replace(SETTINGS, **settings))
+
+
+class ScriptedModel:
+    """A model without weights: its argmax canvases are given, and it notes how it is called."""
+
+    def __init__(self, canvases: list[list[int]], steps_until_finished: int = 1) -> None:
+        self.info = INFO
+        self.canvases = canvases
+        self.steps_until_finished = steps_until_finished
+        self.layer_calls: list[tuple[list[int], int, bool, str]] = []
+        self.head_calls: list[dict[str, Any]] = []
+        self.drawn = 0
+
+    def zero_signal(self) -> str:
+        return "zero"
+
+    def layers(self, tokens: np.ndarray, start: int, denoise: bool, signal: str) -> int:
+        self.layer_calls.append((tokens.tolist(), start, denoise, signal))
+        return len(self.layer_calls)
+
+    def head(self, hidden: int, canvas: np.ndarray, previous_argmax: np.ndarray,
+             stable_steps: int, step: int, settings: np.ndarray, uniform: np.ndarray,
+             random_tokens: np.ndarray, targets: np.ndarray) -> HeadOutput:  # fmt: skip
+        self.head_calls.append(
+            {"canvas": canvas, "previous": previous_argmax, "stable": stable_steps, "step": step,
+             "settings": settings, "uniform": uniform, "random_tokens": random_tokens}
+        )  # fmt: skip
+        self.drawn += 1
+        is_finished = self.drawn % self.steps_until_finished == 0
+        argmax = np.array(self.canvases[(self.drawn - 1) // self.steps_until_finished])
+        return HeadOutput(
+            next_canvas=random_tokens,
+            argmax=argmax,
+            entropy=np.full(T, 0.25, dtype=np.float32),
+            accepted=np.arange(T) < 2,
+            stable_steps=self.drawn,
+            finished=is_finished,
+            target_log_prob=np.zeros(T, dtype=np.float32),
+            signal=f"signal {self.drawn}",
+        )
+
+    @property
+    def encoded(self) -> list[tuple[list[int], int]]:
+        return [(tokens, start) for tokens, start, denoise, _ in self.layer_calls if not denoise]
+
+
+def canvas_of(*tokens: int) -> list[int]:
+    return [*tokens, *[9] * (T - len(tokens))]
+
+
+# --- what is encoded, drawn and committed, and when --------------------------------------------
+
+
+def test_the_prompt_is_encoded_in_chunks_and_every_canvas_but_the_last() -> None:
+    model = ScriptedModel([canvas_of(4), canvas_of(5), canvas_of(6)])
+    session = UniformDiffusionSession(model, SPECIAL, SETTINGS)
+    result = session.generate(PROMPT, 3 * T)
+    assert model.encoded == [
+        (PROMPT[:6], 0),
+        ([*PROMPT[6:], 0, 0, 0, 0], 6),
+        (canvas_of(4), 8),
+        (canvas_of(5), 8 + T),
+    ]
+    assert result.tokens == (*canvas_of(4), *canvas_of(5), *canvas_of(6))
+    assert session.tokens == (*PROMPT, *result.tokens)
+    assert session.cached == len(PROMPT) + 2 * T
+    assert [start for _, start, denoise, _ in model.layer_calls if denoise] == [8, 14, 20]
+
+
+def test_the_next_turn_encodes_the_last_canvas_together_with_its_prompt() -> None:
+    model = ScriptedModel([canvas_of(4), canvas_of(5, 1), canvas_of(6)])
+    session = UniformDiffusionSession(model, SPECIAL, SETTINGS)
+    session.generate(PROMPT, 2 * T)
+    before = len(model.encoded)
+    session.generate([20, 21], T)
+    last_canvas = [5, 1, *[SPECIAL.pad] * (T - 2)]
+    assert model.encoded[before:] == [(last_canvas, 14), ([20, 21, 0, 0, 0, 0], 20)]
+    assert session.tokens == (*PROMPT, *canvas_of(4), *last_canvas, 20, 21, *canvas_of(6))
+
+
+def test_padding_can_be_dropped_before_the_next_turn() -> None:
+    model = ScriptedModel([canvas_of(5, 1), canvas_of(6)])
+    session = UniformDiffusionSession(model, SPECIAL, SETTINGS)
+    session.generate(PROMPT, T)
+    session.truncate(len(PROMPT) + 2)
+    before = len(model.encoded)
+    session.generate([20], T)
+    assert model.encoded[before:] == [([5, 1, 20, 0, 0, 0], 8)]
+
+
+def test_generation_ends_after_a_canvas_with_an_end_token_and_pads_behind_it() -> None:
+    model = ScriptedModel([canvas_of(4), [7, 1, 8, 1, 8, 8], canvas_of(6)])
+    result = UniformDiffusionSession(model, SPECIAL, SETTINGS).generate(PROMPT, 3 * T)
+    assert result.finish_reason == "eos"
+    assert result.canvases[1].tokens == (7, 1, 0, 0, 0, 0)
+    assert result.answer_tokens == (*canvas_of(4), 7)
+    # As transformers counts: the end token, but no padding, by the denoising steps.
+    assert result.new_tokens == T + 2
+    assert result.tokens_per_forward == (T + 2) / 2
+
+
+def test_without_a_padding_token_what_follows_the_end_stays() -> None:
+    model = ScriptedModel([[7, 1, 8, 1, 8, 8]])
+    session = UniformDiffusionSession(model, replace(SPECIAL, pad=None), SETTINGS)
+    assert session.generate(PROMPT, 2 * T).tokens == (7, 1, 8, 1, 8, 8)
+
+
+def test_any_of_several_end_tokens_ends() -> None:
+    model = ScriptedModel([canvas_of(7, 22)])
+    session = UniformDiffusionSession(model, replace(SPECIAL, eos=(1, 22)), SETTINGS)
+    assert session.generate(PROMPT, 2 * T).answer_tokens == (7,)
+
+
+def test_new_tokens_are_rounded_up_to_whole_canvases() -> None:
+    model = ScriptedModel([canvas_of(4), canvas_of(5), canvas_of(6)])
+    result = UniformDiffusionSession(model, SPECIAL, SETTINGS).generate(PROMPT, T + 1)
+    assert len(result.tokens) == 2 * T
+    assert result.finish_reason == "length"
+
+
+def test_steps_count_down_and_the_random_numbers_are_those_of_the_contract() -> None:
+    model = ScriptedModel([canvas_of(4)] * 2, steps_until_finished=3)
+    session = UniformDiffusionSession(model, SPECIAL, SETTINGS)
+    session.generate(PROMPT, 2 * T, seed=77)
+    assert [call["step"] for call in model.head_calls] == [5, 4, 3, 5, 4, 3]
+    vocabulary = INFO.vocabulary_size
+    for number, call in enumerate(model.head_calls):
+        canvas, step = divmod(number, 3)
+        at = (77, canvas, step + 1, T)
+        assert np.array_equal(call["uniform"], philox.uniforms(*at))
+        assert np.array_equal(call["random_tokens"], philox.random_tokens(*at, vocabulary))
+    first, second, third = model.head_calls[:3]
+    assert np.array_equal(first["canvas"], philox.random_tokens(77, 0, 0, T, vocabulary))
+    assert np.array_equal(second["canvas"], first["random_tokens"])
+    assert first["previous"].tolist() == [-1] * T and third["previous"].tolist() == canvas_of(4)
+    assert [call["stable"] for call in model.head_calls[:3]] == [0, 1, 2]
+    assert first["settings"] == pytest.approx([5, 0.4, 0.8, 0.5, 1, 0.005])
+
+
+def test_self_conditioning_starts_from_zero_on_every_canvas_and_never_reaches_encoding() -> None:
+    model = ScriptedModel([canvas_of(4)] * 2, steps_until_finished=2)
+    UniformDiffusionSession(model, SPECIAL, SETTINGS).generate(PROMPT, 2 * T)
+    denoising = [signal for _, _, denoise, signal in model.layer_calls if denoise]
+    assert denoising == ["zero", "signal 1", "zero", "signal 3"]
+    assert {signal for _, _, denoise, signal in model.layer_calls if not denoise} == {"zero"}
+
+
+def test_the_canvas_index_goes_on_over_turns_so_no_random_number_is_used_twice() -> None:
+    model = ScriptedModel([canvas_of(4)] * 3)
+    session = UniformDiffusionSession(model, SPECIAL, SETTINGS)
+    session.generate(PROMPT, 2 * T, seed=5)
+    session.generate([3], T, seed=5)
+    assert np.array_equal(model.head_calls[2]["uniform"], philox.uniforms(5, 2, 1, T))
+
+
+def test_a_canvas_that_never_finishes_is_committed_after_the_last_step() -> None:
+    model = ScriptedModel([canvas_of(4)], steps_until_finished=1000)
+    result = UniformDiffusionSession(model, SPECIAL, SETTINGS).generate(PROMPT, T)
+    assert len(result.canvases[0].steps) == SETTINGS.max_steps
+    assert not result.canvases[0].converged
+
+
+def test_forced_steps_run_exactly_so_many_whatever_the_stop_test_says() -> None:
+    model = ScriptedModel([canvas_of(4)] * 7, steps_until_finished=1)
+    session = UniformDiffusionSession(model, SPECIAL, SETTINGS)
+    result = session.generate(PROMPT, T, force_steps=7)
+    assert len(result.steps) == 7
+    assert [call["step"] for call in model.head_calls] == [7, 6, 5, 4, 3, 2, 1]
+    assert model.head_calls[0]["settings"][0] == 7
+
+
+# --- what the caller sees and can do -----------------------------------------------------------
+
+
+def test_events_tell_the_whole_story_in_order() -> None:
+    events: list[Event] = []
+    result = eager_session().generate(PROMPT, 2 * T, seed=3, on_event=events.append)
+    kinds = [type(event) for event in events]
+    counts = [len(canvas.steps) for canvas in result.canvases]
+    assert kinds == [
+        PromptEncoded,
+        PromptEncoded,
+        CanvasStarted,
+        *[CanvasDenoised] * counts[0],
+        CanvasCommitted,
+        PromptEncoded,
+        CanvasStarted,
+        *[CanvasDenoised] * counts[1],
+        CanvasCommitted,
+    ]
+    committed = [event for event in events if isinstance(event, CanvasCommitted)]
+    assert [tuple(event.tokens.tolist()) for event in committed] == [
+        canvas.tokens for canvas in result.canvases
+    ]
+    assert [event.is_last for event in committed] == [False, True]
+    denoised = [event for event in events if isinstance(event, CanvasDenoised)]
+    assert [int(event.accepted.sum()) for event in denoised] == [s.accepted for s in result.steps]
+
+
+def test_times_are_ordered_and_leave_out_what_the_watcher_takes() -> None:
+    import time
+
+    result = eager_session().generate(
+        PROMPT, 2 * T, seed=3, on_event=lambda event: time.sleep(0.25)
+    )
+    assert 0 < result.prompt_ms < result.first_draft_ms <= result.first_commit_ms
+    assert result.first_commit_ms < result.total_ms
+    # At least eight events slept 250 ms each; none of it may count.
+    work_ms = sum(step.ms for step in result.steps) + result.prompt_ms + result.encode_ms
+    assert result.encode_ms > 0 and result.total_ms - work_ms < 1000
+    assert result.tokens_per_second == pytest.approx(1000 * result.new_tokens / result.total_ms)
+    assert result.peak_rss_bytes > 10 * 2**20
+
+
+def test_cancelling_returns_what_was_committed_and_the_session_goes_on() -> None:
+    session, twin = eager_session(), eager_session()
+    committed: list[CanvasCommitted] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, CanvasCommitted):
+            committed.append(event)
+
+    result = session.generate(
+        PROMPT, 3 * T, seed=3, on_event=watch, cancel=lambda: len(committed) == 1
+    )
+    whole = twin.generate(PROMPT, 2 * T, seed=3)
+    assert result.finish_reason == "cancelled"
+    assert result.canvases[0].tokens == whole.canvases[0].tokens and len(result.canvases) == 1
+    assert session.generate([], T, seed=3).canvases[0].tokens == whole.canvases[1].tokens
+
+
+def test_an_exception_leaves_the_session_as_it_was() -> None:
+    session = eager_session()
+    session.generate(PROMPT, T, seed=3)
+    state = session.tokens, session.canvases
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, CanvasDenoised):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.generate([4, 5], T, seed=3, on_event=interrupt)
+    assert (session.tokens, session.canvases) == state
+    twin = eager_session()
+    twin.generate(PROMPT, T, seed=3)
+    assert session.generate([4, 5], T, seed=3).tokens == twin.generate([4, 5], T, seed=3).tokens
+
+
+def test_two_turns_over_the_cache_equal_one_turn_that_is_given_everything() -> None:
+    session = eager_session()
+    session.generate(PROMPT, T, seed=3)
+    second = session.generate([4, 5], T, seed=3)
+    fresh = eager_session()
+    fresh._canvases = 1  # so that both draw the same random numbers
+    everything = [*session.tokens[: -T - 2], 4, 5]
+    assert fresh.generate(everything, T, seed=3).tokens == second.tokens
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    first, again, other = (
+        eager_session(confidence_threshold=0).generate(PROMPT, 2 * T, seed=s).tokens
+        for s in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+# --- what is refused, before anything runs -----------------------------------------------------
+
+REFUSED: dict[str, tuple[Callable[[UniformDiffusionSession], object], str]] = {
+    "an id at the end of the vocabulary": (
+        lambda s: s.generate([2, 29], T),
+        "token 1 of the prompt has id 29, the vocabulary ends at 28",
+    ),
+    "a negative id": (lambda s: s.generate([-1], T), "id -1"),
+    "an empty prompt": (lambda s: s.generate([], T), "prompt is empty"),
+    "a prompt that leaves no room for a canvas": (
+        lambda s: s.generate([3] * 35, T),
+        "35 tokens.*context of 40",
+    ),
+    "more new tokens than fit": (lambda s: s.generate(PROMPT, 5 * T + 1), "only 30 fit"),
+    "no new tokens": (lambda s: s.generate(PROMPT, 0), "max_new_tokens is 0"),
+    "a negative seed": (lambda s: s.generate(PROMPT, T, seed=-1), "seed is -1"),
+    "a seed over 64 bits": (lambda s: s.generate(PROMPT, T, seed=1 << 64), "seed"),
+    "no steps": (lambda s: s.generate(PROMPT, T, force_steps=0), "max_steps is 0"),
+    "more than there is to forget": (lambda s: s.truncate(1), "cannot keep 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_runs(case: str) -> None:
+    act, says = REFUSED[case]
+    model = ScriptedModel([canvas_of(4)])
+    session = UniformDiffusionSession(model, SPECIAL, SETTINGS)
+    with pytest.raises(InputError, match=says):
+        act(session)
+    assert model.layer_calls == [] and session.tokens == ()
+
+
+def test_a_prompt_that_just_fits_runs_and_one_token_more_does_not() -> None:
+    model = ScriptedModel([canvas_of(4)])
+    UniformDiffusionSession(model, SPECIAL, SETTINGS).generate([3] * 34, T)
+    assert max(start for _, start, _, _ in model.layer_calls) + T == INFO.maximum_context
+    # The padded chunks stay inside of the cache as well.
+    assert all(start + T <= INFO.maximum_context for _, start, _, _ in model.layer_calls)
+
+
+def test_the_context_is_counted_over_turns() -> None:
+    session = eager_session()
+    session.generate(PROMPT, 4 * T)
+    with pytest.raises(InputError, match="after 32 of earlier turns"):
+        session.generate([3, 3, 3], T)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_steps", 0),
+        ("max_steps", 2.5),
+        ("t_min", -0.1),
+        ("t_max", 0.3),
+        ("t_max", float("inf")),
+        ("t_min", float("nan")),
+        ("entropy_bound", -1),
+        ("stability_threshold", -1),
+        ("confidence_threshold", float("nan")),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} is {value}"):
+        replace(SETTINGS, **{name: value})
+
+
+# --- scoring -----------------------------------------------------------------------------------
+
+
+def test_scoring_gives_the_log_softmax_of_the_uncorrupted_tokens_at_temperature_one() -> None:
+    layers, head = toy_model.ToyLayers(), toy_model.ToyHead()
+    noisy, targets = [4, 9, 13, 22, 7, 5], [4, 8, 13, 21, 7, 5]
+    found = score(EagerModel(layers, head, INFO), PROMPT, noisy, targets)
+    zero = torch.zeros(1, T, INFO.hidden_size)
+    hidden = layers(torch.tensor([noisy]), torch.tensor([8]), torch.tensor([1]), zero)
+    expected = torch.log_softmax(2.0 * hidden[0] @ head.table.t(), dim=-1)
+    expected = expected[torch.arange(T), torch.tensor(targets)]
+    # Two ways to round the same fp32 arithmetic.
+    assert np.allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_scoring_refuses_a_canvas_of_another_length() -> None:
+    with pytest.raises(InputError, match="give 6 tokens each"):
+        score(ScriptedModel([]), PROMPT, [1, 2], [1, 2])
+
+
+# --- ExecuTorch --------------------------------------------------------------------------------
+
+
+def test_the_bundle_gives_the_tokens_of_the_eager_model(toy_bundle: Path) -> None:
+    session = open_session(open_bundle(toy_bundle), threads=1)
+    for turn in (PROMPT, [4, 5]):
+        found = session.generate(turn, 2 * T if turn is PROMPT else T, seed=3)
+        assert len(found.steps) >= 2
+        if turn is PROMPT:
+            reference = eager_session()
+        expected = reference.generate(turn, 2 * T if turn is PROMPT else T, seed=3)
+        assert found.tokens == expected.tokens
+        assert [len(c.steps) for c in found.canvases] == [len(c.steps) for c in expected.canvases]
+        for ours, theirs in zip(found.steps, expected.steps, strict=True):
+            # Portable kernels and PyTorch sum in different orders.
+            assert ours.mean_entropy == pytest.approx(theirs.mean_entropy, abs=1e-4)
+
+
+def test_layers_can_be_cut_into_several_stages(
+    tmp_path: Path, toy_programs: dict[str, bytes]
+) -> None:
+    class Second(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+            return hidden * 2.0 + start.to(torch.float32)
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = toy_model.ToyLayers(), Second()
+
+        def forward(self, tokens, start, denoise, signal):  # type: ignore[no-untyped-def]
+            return self.second(self.first(tokens, start, denoise, signal), start)
+
+    manifest = toy_model.manifest()
+    layers, head = manifest.stages
+    second = Stage("second", "layers", "second.pte", toy_model.specs(("hidden", "start")),
+                   toy_model.specs(("hidden",)))  # fmt: skip
+    files = toy_programs | {"second.pte": toy_model.lower(Second(), ("hidden", "start"))}
+    bundle = write_bundle(tmp_path / "cut", replace(manifest, stages=(layers, second, head)), files)
+    found = open_session(bundle).generate(PROMPT, 2 * T, seed=3)
+    model = EagerModel(Both(), toy_model.ToyHead(), INFO)
+    expected = UniformDiffusionSession(model, SPECIAL, SETTINGS).generate(PROMPT, 2 * T, seed=3)
+    assert found.tokens == expected.tokens
+
+
+def test_a_style_that_is_not_run_yet_is_refused(toy_bundle: Path) -> None:
+    bundle = open_bundle(toy_bundle)
+    other = replace(bundle, manifest=replace(bundle.manifest, style="masked_diffusion"))
+    with pytest.raises(BundleError, match="masked_diffusion"):
+        open_session(other)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler("roulette", toy_model.SETTINGS),
+        Sampler("entropy_bound", {"colour": 1.0}),
+        Sampler("entropy_bound", toy_model.SETTINGS | {"t_min": -1.0}),
+    ],
+)
+def test_a_sampler_that_is_not_understood_is_refused(toy_bundle: Path, sampler: Sampler) -> None:
+    bundle = open_bundle(toy_bundle)
+    other = replace(bundle, manifest=replace(bundle.manifest, sampler=sampler))
+    with pytest.raises(BundleError, match="sampler"):
+        open_session(other)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 0.5, 0.99])
+def test_a_program_that_was_truncated_before_it_was_sealed_is_refused(
+    tmp_path: Path, toy_programs: dict[str, bytes], kept: float
+) -> None:
+    whole = toy_programs["head.pte"]
+    cut = whole[: kept if isinstance(kept, int) else int(kept * len(whole))]
+    bundle = write_bundle(
+        tmp_path / "bundle", toy_model.manifest(), toy_programs | {"head.pte": cut}
+    )
+    with pytest.raises(BundleError, match=r"head\.pte cannot be loaded by ExecuTorch") as caught:
+        BundleModel(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_program_that_is_not_what_the_manifest_says_is_refused(
+    tmp_path: Path, toy_programs: dict[str, bytes]
+) -> None:
+    info = replace(INFO, canvas_length=T + 2)
+    bundle = write_bundle(tmp_path / "bundle", toy_model.manifest(info), toy_programs)
+    with pytest.raises(BundleError, match=r"layers\.pte has inputs"):
+        BundleModel(bundle)
+
+
+def test_stages_in_the_wrong_order_or_with_unknown_inputs_are_refused(
+    tmp_path: Path, toy_programs: dict[str, bytes]
+) -> None:
+    layers, head = toy_model.manifest().stages
+    renamed = replace(layers, inputs=toy_model.specs(("tokens", "start", "denoise", "entropy")))
+    for number, stages in enumerate([(head, layers), (layers,), (head,), (renamed, head)]):
+        manifest = replace(toy_model.manifest(), stages=stages)
+        bundle = write_bundle(tmp_path / f"bundle{number}", manifest, toy_programs)
+        with pytest.raises(BundleError, match="stage"):
+            BundleModel(bundle)
+
+
+def test_no_threads_are_refused(toy_bundle: Path) -> None:
+    with pytest.raises(InputError, match="threads is 0"):
+        BundleModel(open_bundle(toy_bundle), threads=0)
