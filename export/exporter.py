@@ -32,7 +32,7 @@ from export.host.tokenizer import TextTokenizer, TokenizerFiles, tokenizer_files
 from export.models import stage_model
 from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import open_checkpoint
-from quantize.files.atomic_folder import sync
+from quantize.files.durable import sync
 from quantize.files.journal import work_text
 
 TOOL_CHAIN = ("executorch", "torch", "torchao")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantize.errors import OutputError, UserError
+from quantize.files.durable import sync
 from quantize.files.journal import Journal
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -197,15 +198,6 @@ def _move_into_place(content: Path, destination: Path, replaced: Path) -> None:
     except BaseException:
         os.rename(replaced, destination)
         raise
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or a folder to the disk; raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sentence(destination: Path, error: OSError) -> str:

@@ -34,7 +34,7 @@ from export.host.program_file import Extent, read_program_layout
 from export.models.staging import Form, StageModule
 from export.models.weights import RandomWeights, Weights
 from quantize.errors import LoweringError
-from quantize.files.atomic_folder import sync
+from quantize.files.durable import sync
 
 Part = Literal["integers", "scales", "fp32 scales", "plain"]
 """What of a tensor; scales are bf16 where rows have groups, fp32 where they are of whole rows."""
