@@ -262,7 +262,7 @@ def _module(arguments: argparse.Namespace, variant: str):  # -> torch.nn.Module
 def _inputs(arguments: argparse.Namespace):  # -> tuple[torch.Tensor, ...]
     import torch
 
-    from export.host.uniform_diffusion import UniformDiffusionSettings
+    from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 
     generator = torch.Generator().manual_seed(SEED + 1)
     shape = (1, arguments.canvas)

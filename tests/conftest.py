@@ -48,12 +48,12 @@ def demo_bundle(demo_int4: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def toy_programs() -> dict[str, bytes]:
     """The toy model lowered to ExecuTorch: file name -> bytes. CPU only, portable operators."""
-    from export.host.runtime import HEAD_INPUTS, LAYERS_INPUTS
+    from export.contract.styles.uniform_diffusion import UniformDiffusion
     from tests.support import toy_model
 
     return {
-        "layers.pte": toy_model.lower(toy_model.ToyLayers(), LAYERS_INPUTS),
-        "head.pte": toy_model.lower(toy_model.ToyHead(), HEAD_INPUTS),
+        "layers.pte": toy_model.lower(toy_model.ToyLayers(), UniformDiffusion.layers_inputs),
+        "head.pte": toy_model.lower(toy_model.ToyHead(), UniformDiffusion.head_inputs),
     }
 
 

@@ -27,7 +27,7 @@ MANIFEST_FILE = "bundle.json"
 MAXIMUM_MANIFEST_BYTES = 16 * 2**20
 _CHUNK_BYTES = 1 << 20
 
-Style = Literal["uniform_diffusion", "masked_diffusion", "autoregressive"]
+StyleName = Literal["uniform_diffusion", "masked_diffusion", "autoregressive"]
 Role = Literal["layers", "head"]
 
 Progress = Callable[[int, int, str], None]
@@ -174,7 +174,7 @@ class Manifest:
     """
 
     model: ModelInfo
-    style: Style
+    style: StyleName
     sampler: Sampler
     special_tokens: SpecialTokens
     stages: tuple[Stage, ...]

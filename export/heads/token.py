@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.contract.styles.autoregressive import Autoregressive
+from export.contract.styles.masked_diffusion import MaskedDiffusion
 from export.heads.samplers import masked
 from export.heads.samplers.truncation import truncate
 from export.heads.uniform_diffusion import (
@@ -26,13 +28,7 @@ from export.heads.uniform_diffusion import (
     _Linear,
     _Lookup,
 )
-from export.models.staging import (
-    AUTOREGRESSIVE_HEAD_INPUTS,
-    AUTOREGRESSIVE_HEAD_OUTPUTS,
-    MASKED_HEAD_INPUTS,
-    MASKED_HEAD_OUTPUTS,
-    StageModule,
-)
+from export.models.staging import StageModule
 
 CHUNK_COLUMNS = 2048
 """Logits per row and chunk. [256, 2048] in fp32 are 2 MiB."""
@@ -453,8 +449,8 @@ def autoregressive_head_stage(
             torch.tensor([0.0, 1.0, 0.0]),
             torch.full((1,), 0.5),
         ),
-        input_names=AUTOREGRESSIVE_HEAD_INPUTS,
-        output_names=AUTOREGRESSIVE_HEAD_OUTPUTS,
+        input_names=Autoregressive.head_inputs,
+        output_names=Autoregressive.head_outputs,
         dynamic={"hidden": {1: "tokens"}},
     )
 
@@ -482,8 +478,8 @@ def masked_head_stage(
             torch.ones(1, dtype=torch.int64),
             torch.full((rows,), 0.5),
         ),
-        input_names=MASKED_HEAD_INPUTS,
-        output_names=MASKED_HEAD_OUTPUTS,
+        input_names=MaskedDiffusion.head_inputs,
+        output_names=MaskedDiffusion.head_outputs,
         dynamic={"hidden": {1: "tokens"}, "rows": {0: "rows"}, "uniform": {0: "rows"}},
     )
 

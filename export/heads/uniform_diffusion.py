@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.heads.lookup import lookup_table
 from export.heads.samplers import entropy_bound
-from export.host.uniform_diffusion import UniformDiffusionSettings
 
 Arithmetic = Literal["fp32", "int8"]
 

@@ -6,15 +6,16 @@ events read as those of diffusion.
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from export.contract import philox
 from export.contract.bundle import Decoding, ModelInfo, SpecialTokens
+from export.contract.styles.autoregressive import AutoregressiveSettings
+from export.contract.styles.base import require
 from export.host.session import (
     CanvasDenoised,
     CanvasResult,
@@ -22,7 +23,6 @@ from export.host.session import (
     StepStats,
     Turn,
     ms_since,
-    require,
 )
 from quantize.errors import InputError
 
@@ -53,41 +53,6 @@ class AutoregressiveModel(Protocol):
         self, hidden: Any, row: int, settings: np.ndarray, uniform: np.ndarray
     ) -> AutoregressiveHeadOutput:
         """Sample what follows the hidden state `row`; `settings` `[3]`, `uniform` `[1]` fp32."""
-
-
-@dataclass(frozen=True)
-class AutoregressiveSettings:
-    """How the next token is drawn: temperature 0 is greedy; top_p 1 and top_k 0 cut nothing off.
-
-    Raises InputError for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", whole("top_k", self.top_k))
-        check_truncation(self.temperature, self.top_p, self.top_k)
-
-    def as_array(self) -> np.ndarray:
-        """The head's `settings` input, `[3]` fp32 in the order of the fields."""
-        return np.array(astuple(self), dtype=np.float32)
-
-
-def whole(name: str, value: float) -> int:
-    """The value as an integer; InputError if it is none."""
-    if not math.isfinite(value) or value != int(value):
-        raise InputError(f"{name} is {value!r}; give a whole number")
-    return int(value)
-
-
-def check_truncation(temperature: float, top_p: float, top_k: int) -> None:
-    """Raise InputError for one that is out of range."""
-    require(temperature >= 0 and math.isfinite(temperature), "temperature", temperature,
-            "at least 0")  # fmt: skip
-    require(0 < top_p <= 1, "top_p", top_p, "more than 0 and at most 1")
-    require(top_k >= 0, "top_k", top_k, "at least 0 (0: all tokens)")
 
 
 _UNUSED = np.zeros(1, dtype=np.float32)

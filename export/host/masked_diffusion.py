@@ -19,16 +19,16 @@ before, whatever its confidence, it is a masked position like the others here.
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from export.contract import philox
 from export.contract.bundle import Decoding, ModelInfo, SpecialTokens
-from export.host.autoregressive import check_truncation, whole
+from export.contract.styles.base import require
+from export.contract.styles.masked_diffusion import NO_THRESHOLD, MaskedDiffusionSettings
 from export.host.session import (
     CanvasDenoised,
     CanvasResult,
@@ -38,11 +38,7 @@ from export.host.session import (
     StepStats,
     Turn,
     ms_since,
-    require,
 )
-
-NO_THRESHOLD = 2.0
-"""Above every score: the number of tokens a step is fixed."""
 
 
 @dataclass(frozen=True)
@@ -80,42 +76,6 @@ class MaskedDiffusionModel(Protocol):
         Accepted are the `quota` best scores and all above the threshold. `settings` `[5]` fp32,
         `uniform` `[M]` fp32.
         """
-
-
-@dataclass(frozen=True)
-class MaskedDiffusionSettings:
-    """How a canvas is filled.
-
-    `steps_per_canvas` steps accept equally many positions each (LLaDA's `get_num_transfer_tokens`),
-    those of the best score; and a step accepts all positions whose score is above `threshold`, as
-    SDAR and Fast-dLLM do (2: none). `order` says what the score is: 0 the sampled token's
-    probability, 1 minus the entropy, 2 the margin between the two best probabilities. Temperature 0
-    is greedy; top_p 1 and top_k 0 cut nothing off. prefix_cache: see this module; 0 or 1. Raises
-    InputError for a value out of range.
-    """
-
-    steps_per_canvas: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    threshold: float = NO_THRESHOLD
-    order: int = 0
-    prefix_cache: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("steps_per_canvas", "top_k", "order", "prefix_cache"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
-        require(self.steps_per_canvas >= 1, "steps_per_canvas", self.steps_per_canvas, "at least 1")
-        check_truncation(self.temperature, self.top_p, self.top_k)
-        require(math.isfinite(self.threshold), "threshold", self.threshold,
-                f"a number ({NO_THRESHOLD}: off)")  # fmt: skip
-        require(self.order in (0, 1, 2), "order", self.order,
-                "0 (confidence), 1 (entropy) or 2 (margin)")  # fmt: skip
-        require(self.prefix_cache in (0, 1), "prefix_cache", self.prefix_cache, "0 or 1")
-
-    def as_array(self) -> np.ndarray:
-        """The head's `settings` input, `[5]` fp32: temperature, top_p, top_k, threshold, order."""
-        return np.array(astuple(self)[1:6], dtype=np.float32)
 
 
 def split_evenly(positions: int, steps: int) -> list[int]:

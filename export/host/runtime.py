@@ -27,14 +27,17 @@ from export.contract.bundle import (
     Stage,
     TensorSpec,
 )
+from export.contract.styles import STYLES, Style
+from export.contract.styles.autoregressive import Autoregressive
+from export.contract.styles.base import LAYERS_OUTPUTS
+from export.contract.styles.masked_diffusion import MaskedDiffusion
+from export.contract.styles.uniform_diffusion import UniformDiffusion
 from export.host.autoregressive import (
     AutoregressiveHeadOutput,
     AutoregressiveSession,
-    AutoregressiveSettings,
 )
 from export.host.masked_diffusion import (
     MaskedDiffusionSession,
-    MaskedDiffusionSettings,
     MaskedHeadOutput,
 )
 from export.host.process import captured_stderr
@@ -43,18 +46,8 @@ from export.host.streaming.mapped_weights import MappedWeights, MemoryOptions, l
 from export.host.uniform_diffusion import (
     HeadOutput,
     UniformDiffusionSession,
-    UniformDiffusionSettings,
 )
 from export.models.staging import (
-    AUTOREGRESSIVE_HEAD_INPUTS,
-    AUTOREGRESSIVE_HEAD_OUTPUTS,
-    BLOCK_LAYERS_INPUTS,
-    HEAD_INPUTS,
-    HEAD_OUTPUTS,
-    LAYERS_INPUTS,
-    LAYERS_OUTPUTS,
-    MASKED_HEAD_INPUTS,
-    MASKED_HEAD_OUTPUTS,
     StagedModel,
     StageModule,
 )
@@ -175,8 +168,8 @@ class _TensorModel:
 class UniformDiffusionTensors(_TensorModel):
     """A `UniformDiffusionModel`: arrays `[T]` for the loop, tensors `[1, T]` for the stages."""
 
-    layers_inputs = LAYERS_INPUTS
-    head_inputs = HEAD_INPUTS
+    layers_inputs = UniformDiffusion.layers_inputs
+    head_inputs = UniformDiffusion.head_inputs
 
     def zero_signal(self) -> Tensor:
         """Zeros `[1, T, H]` fp32."""
@@ -230,7 +223,7 @@ class UniformDiffusionTensors(_TensorModel):
 class _BlockTensors(_TensorModel):
     """What masked diffusion and autoregressive models share: layers that see blocks."""
 
-    layers_inputs = BLOCK_LAYERS_INPUTS
+    layers_inputs = Autoregressive.layers_inputs
 
     def layers(self, tokens: np.ndarray, start: int, block_length: int) -> Tensor:
         """N tokens `[N]` at positions start .. start + N; returns hidden states `[1, N, H]`."""
@@ -244,7 +237,7 @@ class _BlockTensors(_TensorModel):
 class MaskedDiffusionTensors(_BlockTensors):
     """A `MaskedDiffusionModel`."""
 
-    head_inputs = MASKED_HEAD_INPUTS
+    head_inputs = MaskedDiffusion.head_inputs
 
     def head(
         self, hidden: Tensor, rows: np.ndarray, settings: np.ndarray, quota: int,
@@ -269,7 +262,7 @@ class MaskedDiffusionTensors(_BlockTensors):
 class AutoregressiveTensors(_BlockTensors):
     """An `AutoregressiveModel`."""
 
-    head_inputs = AUTOREGRESSIVE_HEAD_INPUTS
+    head_inputs = Autoregressive.head_inputs
 
     def head(
         self, hidden: Tensor, row: int, settings: np.ndarray, uniform: np.ndarray
@@ -294,8 +287,10 @@ class EagerModel(UniformDiffusionTensors):
         super().__init__(
             LoadedStages(
                 info,
-                [LoadedStage("layers", LAYERS_INPUTS, LAYERS_OUTPUTS, _eager(layers_module))],
-                LoadedStage("head", HEAD_INPUTS, HEAD_OUTPUTS, _eager(head_module)),
+                [LoadedStage("layers", self.layers_inputs, LAYERS_OUTPUTS, _eager(layers_module))],
+                LoadedStage(
+                    "head", self.head_inputs, UniformDiffusion.head_outputs, _eager(head_module)
+                ),
             )
         )
 
@@ -423,7 +418,7 @@ def _check_interfaces(bundle: Bundle, style: _Style) -> None:
     head_outputs = {spec.name for spec in head.outputs}
     if (
         head_inputs != set(style.model.head_inputs)
-        or head_outputs != set(style.head_outputs)
+        or head_outputs != set(style.contract.head_outputs)
         or "hidden" not in known
     ):
         raise BundleError(
@@ -495,37 +490,6 @@ def _check_lengths(bundle: Bundle) -> None:
                     f"{list(spec.shape)}, and the loop gives up to {longest[spec.name]}; export "
                     "the bundle again"
                 )
-
-
-def _check_decoding(what: object, style: str, info: ModelInfo, decoding: Decoding | None) -> None:
-    """The lengths that a loop works with must go together."""
-    wrong = None
-    if style == "uniform_diffusion":
-        return
-    if decoding is None:
-        wrong = "does not say how (decoding)"
-    elif style == "autoregressive":
-        if info.canvas_length != 1:
-            wrong = f"has a canvas of {info.canvas_length} tokens, expected 1"
-        elif decoding.shift != 1:
-            wrong = f"has a token shift of {decoding.shift}, expected 1"
-    elif decoding.mask_token is None:
-        wrong = "names no mask token"
-    elif decoding.block_length % info.canvas_length:
-        wrong = (
-            f"has a canvas of {info.canvas_length} tokens, which does not divide its block of "
-            f"{decoding.block_length}"
-        )
-    else:
-        span = decoding.block_length + decoding.shift
-        needed = span if decoding.block_length else info.maximum_context
-        if decoding.prefill_length < min(needed, info.maximum_context):
-            wrong = (
-                f"takes {decoding.prefill_length} tokens in one call of its layers, and a "
-                f"denoising step needs {needed}"
-            )
-    if wrong:
-        raise BundleError(f"{what} generates by {style} and {wrong}; export the bundle again")
 
 
 @contextmanager
@@ -611,29 +575,15 @@ def _check_tensors(path: Path, side: str, said: Sequence[TensorSpec], found: Seq
 
 @dataclass(frozen=True)
 class _Style:
-    """A generation style: its sampler, its settings, its session, and what its stages exchange."""
+    """How this host runs a generation style: its session, and the model between loop and stages."""
 
-    sampler: str
-    settings: Callable[..., Any]
+    contract: Style
     session: Callable[[Any, SpecialTokens, Any], Session]
     model: type[_TensorModel]
-    head_outputs: tuple[str, ...]
 
     def begin(self, stages: LoadedStages, sampler: Sampler, special: SpecialTokens) -> Session:
         """A session with the sampler's own settings; BundleError for those that cannot be."""
-        name = stages.info.name
-        if sampler.name != self.sampler:
-            raise BundleError(
-                f"{name} has the sampler {sampler.name!r}, this program knows {self.sampler!r}; "
-                "update the program"
-            )
-        try:
-            settings = self.settings(**sampler.settings)
-        except (TypeError, InputError) as error:
-            raise BundleError(
-                f"{name} has sampler settings that cannot be used ({error}); correct them in the "
-                "checkpoint's generation_config.json and export it again"
-            ) from error
+        settings = self.contract.read_settings(stages.info.name, sampler)
         session = self.session(self.model(stages), special, settings)
         session.can_set = frozenset(sampler.settings)
         return session
@@ -641,25 +591,13 @@ class _Style:
 
 SESSIONS: dict[str, _Style] = {
     "uniform_diffusion": _Style(
-        "entropy_bound",
-        UniformDiffusionSettings,
-        UniformDiffusionSession,
-        UniformDiffusionTensors,
-        HEAD_OUTPUTS,
+        STYLES["uniform_diffusion"], UniformDiffusionSession, UniformDiffusionTensors
     ),
     "masked_diffusion": _Style(
-        "masked",
-        MaskedDiffusionSettings,
-        MaskedDiffusionSession,
-        MaskedDiffusionTensors,
-        MASKED_HEAD_OUTPUTS,
+        STYLES["masked_diffusion"], MaskedDiffusionSession, MaskedDiffusionTensors
     ),
     "autoregressive": _Style(
-        "autoregressive",
-        AutoregressiveSettings,
-        AutoregressiveSession,
-        AutoregressiveTensors,
-        AUTOREGRESSIVE_HEAD_OUTPUTS,
+        STYLES["autoregressive"], AutoregressiveSession, AutoregressiveTensors
     ),
 }
 """Who runs which generation style."""
@@ -675,7 +613,7 @@ def open_session(
     """
     manifest = bundle.manifest
     style = _style_of(manifest.style, bundle.folder)
-    _check_decoding(bundle.folder, manifest.style, manifest.model, manifest.decoding)
+    style.contract.check_decoding(bundle.folder, manifest.model, manifest.decoding)
     stages = load_stages(bundle, threads, style, memory)
     return style.begin(stages, manifest.sampler, manifest.special_tokens)
 
@@ -686,7 +624,7 @@ def open_eager_session(staged: StagedModel) -> Session:
     Raises BundleError for a style that this program does not run yet.
     """
     style = _style_of(staged.style, staged.info.name)
-    _check_decoding(staged.info.name, staged.style, staged.info, staged.decoding)
+    style.contract.check_decoding(staged.info.name, staged.info, staged.decoding)
     return style.begin(eager_stages(staged), staged.sampler, staged.special_tokens)
 
 

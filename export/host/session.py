@@ -425,12 +425,6 @@ def ms_since(began: float) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-def require(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raise InputError for a setting out of range."""
-    if not holds:
-        raise InputError(f"{name} is {value}; give {expected}")
-
-
 def _ignore(event: Event) -> None:
     pass
 

@@ -7,16 +7,16 @@ Semantics: `generate` of transformers 5.23,
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from export.contract import philox
 from export.contract.bundle import ModelInfo, SpecialTokens
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.host.session import (
     CanvasDenoised,
     CanvasResult,
@@ -25,7 +25,6 @@ from export.host.session import (
     StepStats,
     Turn,
     ms_since,
-    require,
 )
 from quantize.errors import InputError
 
@@ -76,45 +75,6 @@ class UniformDiffusionModel(Protocol):
         targets: np.ndarray,
     ) -> HeadOutput:
         """Sample, accept, renoise and test for the end; `step` counts the steps remaining."""
-
-
-@dataclass(frozen=True)
-class UniformDiffusionSettings:
-    """The entropy-bound sampler's settings; the defaults are those of transformers.
-
-    Temperature falls linearly from `t_max` to `t_min` over `max_steps`; positions are accepted in
-    the order of their entropy while its running sum stays within `entropy_bound` nats; a canvas is
-    finished when its argmax did not change for `stability_threshold` steps and its mean entropy is
-    below `confidence_threshold` nats (0 never stops early). Raises InputError for a value out of
-    range.
-    """
-
-    max_steps: int = 48
-    t_min: float = 0.4
-    t_max: float = 0.8
-    entropy_bound: float = 0.1
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "stability_threshold"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value != int(value):
-                raise InputError(f"{name} is {value!r}; give a whole number")
-            object.__setattr__(self, name, int(value))
-        require(self.max_steps >= 1, "max_steps", self.max_steps, "at least 1")
-        require(self.stability_threshold >= 0, "stability_threshold", self.stability_threshold,
-                 "at least 0")  # fmt: skip
-        require(self.t_min >= 0 and math.isfinite(self.t_min), "t_min", self.t_min, "at least 0")
-        require(self.t_max >= self.t_min and self.t_max > 0 and math.isfinite(self.t_max),
-                 "t_max", self.t_max, f"more than 0 and at least t_min ({self.t_min})")  # fmt: skip
-        require(self.entropy_bound >= 0, "entropy_bound", self.entropy_bound, "at least 0")
-        require(self.confidence_threshold >= 0, "confidence_threshold",
-                 self.confidence_threshold, "at least 0")  # fmt: skip
-
-    def as_array(self) -> np.ndarray:
-        """The head's `settings` input, `[6]` fp32 in the order of the fields."""
-        return np.array(list(asdict(self).values()), dtype=np.float32)
 
 
 class UniformDiffusionTurn(Turn):

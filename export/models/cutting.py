@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from export.models.staging import LAYERS_OUTPUTS, Form, StageModule
+from export.contract.styles.base import LAYERS_OUTPUTS
+from export.models.staging import Form, StageModule
 from export.models.weights import RenamedWeights, Weights, other_layers
 
 

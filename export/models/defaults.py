@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from export.contract.bundle import Sampler, SpecialTokens
+from export.contract.styles.autoregressive import AutoregressiveSettings
 from quantize.errors import CheckpointError, InputError
 
 TRUNCATION = ("top_p", "top_k")
@@ -34,8 +35,6 @@ def autoregressive_settings(generation_config: Mapping[str, Any]) -> dict[str, f
 
     transformers' own defaults are 1.0, 1.0 and, oddly, 50; a top_k that is not stated is off here.
     """
-    from export.host.autoregressive import AutoregressiveSettings
-
     found: dict[str, Any] = {}
     if generation_config.get("do_sample"):
         stated = {name: generation_config.get(name) for name in ("temperature", "top_p", "top_k")}

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from export.contract.bundle import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
+from export.contract.styles.autoregressive import Autoregressive
+from export.contract.styles.masked_diffusion import MaskedDiffusionSettings
 from export.models.blocks import FinalNorm
 from export.models.cutting import layer_stages, norm_stage
 from export.models.defaults import (
@@ -34,7 +36,6 @@ from export.models.dense_decoder import (
     used_names,
 )
 from export.models.staging import (
-    BLOCK_LAYERS_INPUTS,
     StagedModel,
     StageModule,
     block_layers_stage,
@@ -231,7 +232,7 @@ def _cut_layers(
             role="layers",
             module=entry,
             example_inputs=(torch.zeros(1, prefill, dtype=torch.int64), start, start + 1),
-            input_names=BLOCK_LAYERS_INPUTS,
+            input_names=Autoregressive.layers_inputs,
             output_names=("hidden", *shared),
             dynamic={"tokens": {1: "tokens"}},
         ),
@@ -295,8 +296,6 @@ def _masked(
     maximum_context: int | None,
     truncation: bool | None,
 ) -> _Parts:
-    from export.host.masked_diffusion import MaskedDiffusionSettings
-
     block = _block_length(checkpoint, family)
     default = DEFAULT_CONTEXT if block else DEFAULT_CONTEXT_SEEING_ALL
     context = _context(config, maximum_context, default, block or 1)

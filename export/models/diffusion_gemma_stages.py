@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from export.contract.bundle import Experts, ModelInfo, Sampler, SpecialTokens
+from export.contract.styles.base import LAYERS_OUTPUTS
+from export.contract.styles.uniform_diffusion import UniformDiffusion, UniformDiffusionSettings
 from export.families.expert_choice import ExpertComputation, choose_expert_computation
 from export.heads.uniform_diffusion import DiffusionHead, head_example_inputs
-from export.host.uniform_diffusion import UniformDiffusionSettings
 from export.models.blocks import FinalNorm
 from export.models.cutting import layer_stages, norm_stage
 from export.models.diffusion_gemma import (
@@ -26,14 +27,7 @@ from export.models.diffusion_gemma import (
     unused_notes,
     used_names,
 )
-from export.models.staging import (
-    HEAD_INPUTS,
-    HEAD_OUTPUTS,
-    LAYERS_INPUTS,
-    LAYERS_OUTPUTS,
-    StagedModel,
-    StageModule,
-)
+from export.models.staging import StagedModel, StageModule
 from export.models.weights import Weights
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError, InputError
@@ -107,8 +101,8 @@ def stage_model(
                 role="head",
                 module=head,
                 example_inputs=head_example_inputs(canvas, hidden),
-                input_names=HEAD_INPUTS,
-                output_names=HEAD_OUTPUTS,
+                input_names=UniformDiffusion.head_inputs,
+                output_names=UniformDiffusion.head_outputs,
             ),
         ),
         notes=tuple(notes),
@@ -122,14 +116,14 @@ def _all_layers(config: DiffusionGemmaConfig, module: torch.nn.Module) -> StageM
         role="layers",
         module=module,
         example_inputs=_loop_inputs(config),
-        input_names=LAYERS_INPUTS,
+        input_names=UniformDiffusion.layers_inputs,
         output_names=LAYERS_OUTPUTS,
         mutates_buffers=True,
     )
 
 
 def _loop_inputs(config: DiffusionGemmaConfig) -> tuple[Tensor, ...]:
-    """Examples of what the loop gives: see `LAYERS_INPUTS`."""
+    """Examples of what the loop gives: see `UniformDiffusion.layers_inputs`."""
     position = torch.zeros(1, dtype=torch.int64)
     tokens = torch.zeros(1, config.canvas_length, dtype=torch.int64)
     return tokens, position, position, torch.zeros(1, config.canvas_length, config.hidden_size)
@@ -180,7 +174,7 @@ def _cut_layers(
             role="layers",
             module=entry,
             example_inputs=_loop_inputs(config),
-            input_names=LAYERS_INPUTS,
+            input_names=UniformDiffusion.layers_inputs,
             output_names=("hidden", *(name for kind in config.rotary for name in shared[kind])),
         ),
         *layer_stages(checkpoint, config.layers, layers_per_stage, build=layers, inputs=inputs),

@@ -20,42 +20,13 @@ from export.contract.bundle import (
     Role,
     Sampler,
     SpecialTokens,
-    Style,
+    StyleName,
 )
+from export.contract.styles.autoregressive import Autoregressive
+from export.contract.styles.base import LAYERS_OUTPUTS
 
 if TYPE_CHECKING:  # it imports torchao: 80 MB that a process which only runs bundles must not have
     from export.models.weights import Weights
-
-# What the stages of uniform diffusion take from the loop, and what they must give back.
-LAYERS_INPUTS = ("tokens", "start", "denoise", "signal")
-LAYERS_OUTPUTS = ("hidden",)
-HEAD_INPUTS = (
-    "hidden",
-    "canvas",
-    "previous_argmax",
-    "stable_steps",
-    "step",
-    "settings",
-    "uniform",
-    "random_tokens",
-    "targets",
-)
-HEAD_OUTPUTS = (
-    "next_canvas",
-    "argmax",
-    "entropy",
-    "accepted",
-    "stable_steps",
-    "finished",
-    "target_log_prob",
-    "signal",
-)
-# The same of masked diffusion and of autoregressive models, whose layers see blocks.
-BLOCK_LAYERS_INPUTS = ("tokens", "start", "block_length")
-MASKED_HEAD_INPUTS = ("hidden", "rows", "settings", "quota", "uniform")
-MASKED_HEAD_OUTPUTS = ("token", "accepted", "score", "entropy")
-AUTOREGRESSIVE_HEAD_INPUTS = ("hidden", "row", "settings", "uniform")
-AUTOREGRESSIVE_HEAD_OUTPUTS = ("token", "log_prob", "entropy")
 
 
 @dataclass(frozen=True)
@@ -104,7 +75,7 @@ class StagedModel:
     """
 
     info: ModelInfo
-    style: Style
+    style: StyleName
     sampler: Sampler
     special_tokens: SpecialTokens
     experts: Experts
@@ -125,7 +96,7 @@ def block_layers_stage(module: nn.Module, prefill_length: int) -> StageModule:
             torch.zeros(1, dtype=torch.int64),
             torch.ones(1, dtype=torch.int64),
         ),
-        input_names=BLOCK_LAYERS_INPUTS,
+        input_names=Autoregressive.layers_inputs,
         output_names=LAYERS_OUTPUTS,
         mutates_buffers=True,
         dynamic={"tokens": {1: "tokens"}},

@@ -25,7 +25,7 @@ from export.contract.bundle import (
     Sampler,
     SpecialTokens,
     Stage,
-    Style,
+    StyleName,
     write_bundle,
 )
 from export.exporter import _describe
@@ -154,7 +154,7 @@ def layers_stage(weights: Weights, prefill_length: int) -> StageModule:
 
 def staged(
     weights: Weights,
-    style: Style,
+    style: StyleName,
     *,
     canvas_length: int = 1,
     special: SpecialTokens = NO_END,

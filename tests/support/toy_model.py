@@ -17,7 +17,7 @@ from export.contract.bundle import (
     Stage,
     TensorSpec,
 )
-from export.host.runtime import HEAD_INPUTS, HEAD_OUTPUTS, LAYERS_INPUTS
+from export.contract.styles.uniform_diffusion import UniformDiffusion
 
 INFO = ModelInfo(
     family="toy",
@@ -144,9 +144,10 @@ def manifest(info: ModelInfo = INFO, **changes: object) -> Manifest:
         "sampler": Sampler("entropy_bound", dict(SETTINGS)),
         "special_tokens": SPECIAL,
         "stages": (
-            Stage("layers", "layers", "layers.pte", specs(LAYERS_INPUTS, info),
+            Stage("layers", "layers", "layers.pte", specs(UniformDiffusion.layers_inputs, info),
                   specs(("hidden",), info)),
-            Stage("head", "head", "head.pte", specs(HEAD_INPUTS, info), specs(HEAD_OUTPUTS, info)),
+            Stage("head", "head", "head.pte", specs(UniformDiffusion.head_inputs, info),
+                  specs(UniformDiffusion.head_outputs, info)),
         ),
         "backend": "portable",
         "versions": {"executorch": "1.5.1"},

@@ -21,7 +21,7 @@ SETTINGS = (
     "confidence_threshold",
 )
 """Order of the entries of the `settings` [6] fp32 input of the head, which is that of the fields of
-`export.host.uniform_diffusion.UniformDiffusionSettings`."""
+`export.contract.styles.uniform_diffusion.UniformDiffusionSettings`."""
 
 
 class SamplerDecision(NamedTuple):

@@ -15,12 +15,13 @@ from torch import nn
 from export.backends import lower_stage
 from export.backends.xnnpack.lowering import QUANTIZED_LINEAR
 from export.contract.bundle import Bundle, open_bundle
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.exporter import export_bundle
 from export.host.puzzles import KINDS, generate
 from export.host.runtime import BundleModel, EagerModel
 from export.host.session import CanvasDenoised
 from export.host.tokenizer import open_tokenizer
-from export.host.uniform_diffusion import UniformDiffusionSession, UniformDiffusionSettings
+from export.host.uniform_diffusion import UniformDiffusionSession
 from export.models import stage_model
 from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import open_checkpoint

@@ -15,10 +15,10 @@ import torch
 from export.backends import lower_stage
 from export.backends.xnnpack.instantiation import Place, Template, make_template
 from export.contract.bundle import Bundle, open_bundle
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.exporter import export_bundle
 from export.host.program_file import read_program_layout
 from export.host.runtime import EagerModel, eager_stages, open_session
-from export.host.uniform_diffusion import UniformDiffusionSettings
 from export.models import stage_model
 from export.models.staging import StageModule
 from export.models.weights import RandomWeights

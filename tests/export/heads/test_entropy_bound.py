@@ -1,7 +1,5 @@
 """The sampler's decisions against transformers' own classes. CPU only, no model."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +11,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     StableAndConfidentStoppingCriteria,
 )
 
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.heads.samplers import entropy_bound
-from export.host.uniform_diffusion import UniformDiffusionSettings
 
 
 def settings_tensor(**chosen: float) -> torch.Tensor:
@@ -114,4 +112,4 @@ def test_what_is_not_accepted_becomes_a_random_token() -> None:
 
 
 def test_settings_are_in_the_order_of_the_host() -> None:
-    assert tuple(field.name for field in fields(UniformDiffusionSettings)) == entropy_bound.SETTINGS
+    assert UniformDiffusionSettings.array_fields() == entropy_bound.SETTINGS

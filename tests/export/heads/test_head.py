@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.heads.uniform_diffusion import DiffusionHead, head_example_inputs, head_partitioners
-from export.host.uniform_diffusion import UniformDiffusionSettings
 
 HIDDEN = 32
 

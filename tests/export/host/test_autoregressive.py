@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from export.contract import philox
 from export.contract.bundle import Bundle, Call, SpecialTokens, Stage
-from export.heads import token as token_head
-from export.host.autoregressive import AutoregressiveSession, AutoregressiveSettings
+from export.contract.styles.autoregressive import Autoregressive, AutoregressiveSettings
+from export.host.autoregressive import AutoregressiveSession
 from export.host.runtime import (
-    AUTOREGRESSIVE_HEAD_INPUTS,
-    AUTOREGRESSIVE_HEAD_OUTPUTS,
     AutoregressiveTensors,
     eager_stages,
     open_eager_session,
@@ -432,9 +430,11 @@ def test_a_schedule_that_cannot_run_is_refused(case: str, tmp_path: Path) -> Non
 
 
 def test_the_stages_are_those_of_the_heads(tmp_path: Path) -> None:
-    assert AUTOREGRESSIVE_HEAD_INPUTS == token_head.AUTOREGRESSIVE_HEAD_INPUTS
-    assert AUTOREGRESSIVE_HEAD_OUTPUTS == token_head.AUTOREGRESSIVE_HEAD_OUTPUTS
-    bundle: Bundle = hollow_bundle(staged(weights(), "autoregressive"), tmp_path)
+    model = staged(weights(), "autoregressive")
+    assert model.stages[0].input_names == Autoregressive.layers_inputs
+    assert model.stages[1].input_names == Autoregressive.head_inputs
+    assert model.stages[1].output_names == Autoregressive.head_outputs
+    bundle: Bundle = hollow_bundle(model, tmp_path)
     layers, head = bundle.manifest.stages
     other: Stage = replace(head, outputs=head.outputs[:-1])
     manifest = replace(bundle.manifest, stages=(layers, other))

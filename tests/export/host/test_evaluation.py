@@ -10,14 +10,11 @@ import pytest
 from scipy import stats
 
 from export.contract.bundle import ModelInfo, SpecialTokens
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.host.evaluation import corrupt, evaluate, target_canvas, wilson_interval
 from export.host.puzzles import Puzzle, generate
 from export.host.tokenizer import TextTokenizer
-from export.host.uniform_diffusion import (
-    HeadOutput,
-    UniformDiffusionSession,
-    UniformDiffusionSettings,
-)
+from export.host.uniform_diffusion import HeadOutput, UniformDiffusionSession
 from quantize.errors import InputError
 
 DEMO = Path(__file__).parents[3] / "scripts" / "demo_model"

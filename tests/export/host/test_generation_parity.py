@@ -16,11 +16,12 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from export.contract import philox
 from export.contract.bundle import SpecialTokens
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.host.puzzles import generate
 from export.host.runtime import EagerModel
 from export.host.session import CanvasDenoised
 from export.host.tokenizer import TextTokenizer, tokenizer_files
-from export.host.uniform_diffusion import UniformDiffusionSession, UniformDiffusionSettings
+from export.host.uniform_diffusion import UniformDiffusionSession
 from export.models import stage_model
 from quantize.checkpoint import open_checkpoint
 from tests.conftest import DEMO_MODEL

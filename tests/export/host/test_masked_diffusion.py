@@ -16,16 +16,10 @@ import pytest
 import torch
 
 from export.contract.bundle import Bundle, SpecialTokens, Stage, TensorSpec
-from export.heads import token as token_head
-from export.host.masked_diffusion import (
-    MaskedDiffusionSession,
-    MaskedDiffusionSettings,
-    split_evenly,
-    spread_evenly,
-)
+from export.contract.styles.masked_diffusion import MaskedDiffusion, MaskedDiffusionSettings
+from export.heads.samplers import masked
+from export.host.masked_diffusion import MaskedDiffusionSession, split_evenly, spread_evenly
 from export.host.runtime import (
-    MASKED_HEAD_INPUTS,
-    MASKED_HEAD_OUTPUTS,
     MaskedDiffusionTensors,
     eager_stages,
     open_eager_session,
@@ -497,8 +491,11 @@ def test_the_bundle_gives_the_tokens_of_the_eager_model(tmp_path: Path) -> None:
 
 
 def test_the_stages_are_those_of_the_heads() -> None:
-    assert MASKED_HEAD_INPUTS == token_head.MASKED_HEAD_INPUTS
-    assert MASKED_HEAD_OUTPUTS == token_head.MASKED_HEAD_OUTPUTS
+    layers, head = staged(weights(8), "masked_diffusion", **BLOCKS).stages
+    assert layers.input_names == MaskedDiffusion.layers_inputs
+    assert head.input_names == MaskedDiffusion.head_inputs
+    assert head.output_names == MaskedDiffusion.head_outputs
+    assert MaskedDiffusionSettings.array_fields() == masked.SETTINGS
 
 
 def _with_stage(bundle: Bundle, index: int, change: Callable[[Stage], Stage]) -> Bundle:

@@ -13,14 +13,10 @@ import torch
 
 from export.contract import philox
 from export.contract.bundle import Sampler, Stage, open_bundle, write_bundle
+from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.host.runtime import BundleModel, EagerModel, open_session
 from export.host.session import CanvasCommitted, CanvasDenoised, CanvasStarted, Event, PromptEncoded
-from export.host.uniform_diffusion import (
-    HeadOutput,
-    UniformDiffusionSession,
-    UniformDiffusionSettings,
-    score,
-)
+from export.host.uniform_diffusion import HeadOutput, UniformDiffusionSession, score
 from quantize.errors import BundleError, InputError
 from tests.support import toy_model
 from tests.support.toy_model import INFO, SPECIAL

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from export.contract.bundle import Decoding, SpecialTokens
-from export.host.masked_diffusion import MaskedDiffusionSettings
+from export.contract.styles.masked_diffusion import MaskedDiffusionSettings
 from export.host.runtime import open_eager_session
 from export.models import FAMILIES, stage_model
 from export.models.dense_decoder import DenseConfig, DenseLayers, build_layers

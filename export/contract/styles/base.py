@@ -1,0 +1,99 @@
+"""What each generation style states: names, sampler settings, tensors at a program's border.
+
+How its loop runs is left to the hosts, how its stages compute to models and heads.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from quantize.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    from export.contract.bundle import Decoding, ModelInfo, Sampler
+
+LAYERS_OUTPUTS = ("hidden",)
+"""What a pass of the layers returns, in every style."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """Base of the samplers' settings: frozen dataclasses of numbers, in the order of the graph."""
+
+    @classmethod
+    def array_fields(cls) -> tuple[str, ...]:
+        """The fields that the head takes, in the order of its `settings` input."""
+        return tuple(field.name for field in fields(cls))
+
+    def as_array(self) -> np.ndarray:
+        """The head's `settings` input, `[number of array_fields]` fp32."""
+        return np.array([getattr(self, name) for name in self.array_fields()], dtype=np.float32)
+
+
+class Style(ABC):
+    """A generation style; a subclass is one file, and one line in `STYLES`."""
+
+    name: ClassVar[str]
+    sampler: ClassVar[str]
+    """Name of the one sampler it has."""
+    settings: ClassVar[type[Any]]
+    """The class of the sampler's settings."""
+    layers_inputs: ClassVar[tuple[str, ...]]
+    """Tensors that the loop hands to a pass of the layers, in order."""
+    head_inputs: ClassVar[tuple[str, ...]]
+    head_outputs: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def decoding_problem(self, info: ModelInfo, decoding: Decoding | None) -> str | None:
+        """Which lengths do not go together, as the end of a sentence; None if all do."""
+
+    def check_decoding(self, what: object, info: ModelInfo, decoding: Decoding | None) -> None:
+        """Raise BundleError unless the lengths that the loop of `what` works with go together."""
+        problem = self.decoding_problem(info, decoding)
+        if problem:
+            raise BundleError(
+                f"{what} generates by {self.name} and {problem}; export the bundle again"
+            )
+
+    def read_settings(self, what: object, sampler: Sampler) -> Any:
+        """The settings that the manifest of `what` states; BundleError if they cannot be used."""
+        if sampler.name != self.sampler:
+            raise BundleError(
+                f"{what} has the sampler {sampler.name!r}, this program knows {self.sampler!r}; "
+                "update the program"
+            )
+        try:
+            return self.settings(**sampler.settings)
+        except (TypeError, InputError) as error:
+            raise BundleError(
+                f"{what} has sampler settings that cannot be used ({error}); correct them in the "
+                "checkpoint's generation_config.json and export it again"
+            ) from error
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise InputError for a setting out of range."""
+    if not holds:
+        raise InputError(f"{name} is {value}; give {expected}")
+
+
+def set_whole(settings: SamplerSettings, *names: str) -> None:
+    """Make these fields integers; raises InputError for a value that is none."""
+    for name in names:
+        value = getattr(settings, name)
+        if not math.isfinite(value) or value != int(value):
+            raise InputError(f"{name} is {value!r}; give a whole number")
+        object.__setattr__(settings, name, int(value))
+
+
+def check_truncation(temperature: float, top_p: float, top_k: int) -> None:
+    """Raise InputError for one that is out of range."""
+    require(temperature >= 0 and math.isfinite(temperature), "temperature", temperature,
+            "at least 0")  # fmt: skip
+    require(0 < top_p <= 1, "top_p", top_p, "more than 0 and at most 1")
+    require(top_k >= 0, "top_k", top_k, "at least 0 (0: all tokens)")
