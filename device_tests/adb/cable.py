@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from adb_shell.transport.base_transport import BaseTransport
 from adb_shell.transport.tcp_transport import TcpTransport
 
+from device_tests.adb.faults import excerpt
 from device_tests.errors import DeviceGone
-from device_tests.remote.shell import excerpt
 from quantize.errors import DeviceError
 
 

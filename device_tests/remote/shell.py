@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import shlex
 
+from device_tests.adb.faults import excerpt, says_storage_full
 from device_tests.adb.transport import ShellResult, Transport
 from device_tests.errors import CommandFailed, StorageFull
 
 DEVICE_ROOT = "/data/local/tmp/pocketdiff"
 """Everything of ours on a device lies here; the user `shell` may write and execute in it."""
-
-MAXIMUM_QUOTED_CHARACTERS = 200
-"""What a message quotes of a device's answer or of a command, at most."""
-
-_STORAGE_FULL = ("no space left on device", "quota exceeded")
 
 
 def quote(*words: str) -> str:
@@ -53,19 +49,3 @@ def failure(transport: Transport, command: str, result: ShellResult) -> CommandF
         f"a command on the device {transport.serial} {how} ({said or 'it said nothing'}): "
         f"{excerpt(command)}; look there with `adb -s {transport.serial} shell`"
     )
-
-
-def says_storage_full(text: str) -> bool:
-    """Whether a device's message means that there is no room (or no quota) left."""
-    folded = text.lower()
-    return any(sign in folded for sign in _STORAGE_FULL)
-
-
-def excerpt(text: str) -> str:
-    """One printable line of what a device said, or of a command, shortened in the middle."""
-    line = " ".join(text.split())
-    line = "".join(character if character.isprintable() else "\ufffd" for character in line)
-    if len(line) <= MAXIMUM_QUOTED_CHARACTERS:
-        return line
-    half = MAXIMUM_QUOTED_CHARACTERS // 2
-    return f"{line[:half]} … {line[-half:]}"

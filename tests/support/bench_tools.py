@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from device_tests.adb.direct import DirectTransport, open_tcp
+from device_tests.adb.direct import open_tcp
+from device_tests.adb.transport import Transport
 from device_tests.bench.deploy import Deployment
 from device_tests.local.device import LocalDevice
 from device_tests.remote.shell import quote
@@ -39,7 +40,7 @@ class ScriptRunner:
         return f"sh -c {quote(f'cd {quote(folder)}; {self.script}')}"
 
 
-def connect(device: LocalDevice) -> DirectTransport:
+def connect(device: LocalDevice) -> Transport:
     """A connection of its own to a local device."""
     return open_tcp("127.0.0.1", device.port)
 

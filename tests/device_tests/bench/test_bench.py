@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from device_tests.adb.direct import DirectTransport
 from device_tests.adb.server import ServerAddress, open_server
+from device_tests.adb.transport import Transport
 from device_tests.bench import measurement as module
 from device_tests.bench.deploy import deploy
 from device_tests.bench.device_lock import DeviceLock, holder
@@ -63,7 +63,7 @@ from tests.support.record_samples import ANSWER
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:
+def transport(local_device: LocalDevice) -> Iterator[Transport]:
     with connect(local_device) as transport:
         yield transport
         transport.shell(f"rm -rf {RUNS_FOLDER}")
@@ -81,7 +81,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def run_bench(
-    transport: DirectTransport, bundle: Bundle, tmp_path: Path
+    transport: Transport, bundle: Bundle, tmp_path: Path
 ) -> Callable[..., module.BenchOutcome]:
     """A bench with scripted runs; records go to results.jsonl."""
 
@@ -170,7 +170,7 @@ def test_puzzles_for_a_bundle_that_cannot_write_them_are_refused(
 
 
 def test_puzzles_are_one_run_and_graded_here(
-    transport: DirectTransport, puzzle_bundle: Bundle, tmp_path: Path
+    transport: Transport, puzzle_bundle: Bundle, tmp_path: Path
 ) -> None:
     plan = BenchPlan(passes={"puzzles": 1}, puzzles=2, **QUICK)
     texts = [f" {puzzle.answer}\n" for puzzle in held_out(2, 0)]
@@ -197,7 +197,7 @@ def test_puzzles_are_one_run_and_graded_here(
 
 @pytest.mark.slow
 def test_the_device_and_evaluate_say_the_same_of_a_bundle(
-    transport: DirectTransport, demo_bundle: Bundle, tmp_path: Path
+    transport: Transport, demo_bundle: Bundle, tmp_path: Path
 ) -> None:
     """The demo model on the local device, and in this process with the same puzzles and seeds."""
     deployment = deploy(transport, demo_bundle)
@@ -245,7 +245,7 @@ def test_the_random_prompt_has_no_special_token_and_depends_on_the_seed() -> Non
 
 
 def test_every_run_of_the_plan_is_made_in_order_and_recorded(
-    run_bench: Callable, tmp_path: Path, transport: DirectTransport
+    run_bench: Callable, tmp_path: Path, transport: Transport
 ) -> None:
     told: list[BenchEvent] = []
     plan = BenchPlan(passes={"natural": 1, "speed": 2}, threads=(2, None), **QUICK)
@@ -279,7 +279,7 @@ def test_every_run_of_the_plan_is_made_in_order_and_recorded(
 
 
 def test_a_failure_is_recorded_and_the_next_run_made(
-    run_bench: Callable, transport: DirectTransport
+    run_bench: Callable, transport: Transport
 ) -> None:
     outcome = run_bench(
         BenchPlan(passes={"speed": 3}, **QUICK), Scripted("kill -KILL $$", only="-1")
@@ -350,7 +350,7 @@ def test_a_device_that_restarts_costs_one_run(
 
 
 def test_a_results_file_that_cannot_be_is_refused_before_the_first_run(
-    transport: DirectTransport, bundle: Bundle, tmp_path: Path
+    transport: Transport, bundle: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         plan = BenchPlan(passes={"speed": 1}, **QUICK)
@@ -382,7 +382,7 @@ def test_resume_makes_what_is_missing_or_failed_and_nothing_else(run_bench: Call
 def test_an_interruption_kills_the_run_and_gives_the_device_back(
     run_bench: Callable,
     local_device: LocalDevice,
-    transport: DirectTransport,
+    transport: Transport,
     tmp_path: Path,
     error: type[BaseException],
 ) -> None:
@@ -403,7 +403,7 @@ def test_an_interruption_kills_the_run_and_gives_the_device_back(
 def test_a_bench_that_was_killed_is_resumed(
     run_bench: Callable,
     local_device: LocalDevice,
-    transport: DirectTransport,
+    transport: Transport,
     tmp_path: Path,
 ) -> None:
     results = tmp_path / "results.jsonl"
@@ -432,7 +432,7 @@ def test_a_bench_that_was_killed_is_resumed(
 
 
 def test_a_second_bench_is_refused_with_the_name_of_the_first(
-    run_bench: Callable, transport: DirectTransport, tmp_path: Path
+    run_bench: Callable, transport: Transport, tmp_path: Path
 ) -> None:
     refused: list[str] = []
 
@@ -448,7 +448,7 @@ def test_a_second_bench_is_refused_with_the_name_of_the_first(
     assert len(records.read(tmp_path / "results.jsonl")) == 1
 
 
-def test_a_bench_that_lost_its_lock_ends(run_bench: Callable, transport: DirectTransport) -> None:
+def test_a_bench_that_lost_its_lock_ends(run_bench: Callable, transport: Transport) -> None:
     def steal(event: BenchEvent) -> None:
         if isinstance(event, RunEnded) and event.number == 1:
             transport.shell("rm -rf /data/local/tmp/pocketdiff/lock")
@@ -477,14 +477,14 @@ def thermometer(tmp_path: Path) -> Path:
 def warm(
     make_local_device: MakeLocalDevice,
     thermometer: Path,
-) -> Iterator[DirectTransport]:
+) -> Iterator[Transport]:
     device = make_local_device(binds={thermometer.parents[1]: "/sys/class/thermal"})
     with connect(device) as transport:
         yield transport
 
 
 def test_the_gate_waits_for_the_temperature_and_not_for_a_time(
-    run_bench: Callable, warm: DirectTransport, thermometer: Path
+    run_bench: Callable, warm: Transport, thermometer: Path
 ) -> None:
     told: list[BenchEvent] = []
 
@@ -513,7 +513,7 @@ def test_the_gate_waits_for_the_temperature_and_not_for_a_time(
 
 
 def test_a_device_that_stays_warm_is_recorded_and_given_up_after_two_runs(
-    run_bench: Callable, warm: DirectTransport
+    run_bench: Callable, warm: Transport
 ) -> None:
     plan = BenchPlan(passes={"speed": 5}, gate_timeout_s=0.2, **QUICK)
     outcome = run_bench(plan, transport=warm)
@@ -525,7 +525,7 @@ def test_a_device_that_stays_warm_is_recorded_and_given_up_after_two_runs(
 
 
 def test_one_time_out_does_not_end_the_bench(
-    run_bench: Callable, warm: DirectTransport, thermometer: Path
+    run_bench: Callable, warm: Transport, thermometer: Path
 ) -> None:
     def cool(event: BenchEvent) -> None:
         if isinstance(event, RunEnded):
@@ -635,9 +635,7 @@ class SmallRunner:
 # The real runner.
 
 
-def test_the_toy_model_is_measured(
-    transport: DirectTransport, toy_bundle: Path, tmp_path: Path
-) -> None:
+def test_the_toy_model_is_measured(transport: Transport, toy_bundle: Path, tmp_path: Path) -> None:
     bundle = open_bundle(toy_bundle)
     plan = BenchPlan(
         passes={"cold": 1, "speed": 1, "natural": 1, "memory": 1}, threads=(1,), force_steps=4,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_tests.adb.direct import DirectTransport
+from device_tests.adb.transport import Transport
 from device_tests.bench import device_lock
 from device_tests.bench.device_lock import LOCK_FOLDER, DeviceLock, Process, holder, parse_holder
 from device_tests.bench.remote_run import start
@@ -25,7 +25,7 @@ ANOTHER_HOST = Process("another machine", 1, "1")
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:
+def transport(local_device: LocalDevice) -> Iterator[Transport]:
     with connect(local_device) as transport:
         transport.shell(f"rm -rf {LOCK_FOLDER}")
         yield transport
@@ -38,14 +38,14 @@ def from_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "this", classmethod(lambda cls: ANOTHER_HOST))
 
 
-def age(transport: DirectTransport, minutes: int) -> None:
+def age(transport: Transport, minutes: int) -> None:
     """Make the last sign of life older."""
     command = f"touch -d @$(( $(date +%s) - 60 * {minutes} )) {LOCK_FOLDER}/beat"
     assert transport.shell(command).exit_code == 0
 
 
 def test_a_second_benchmark_is_refused_with_the_name_of_the_first(
-    transport: DirectTransport,
+    transport: Transport,
 ) -> None:
     with DeviceLock(transport, "first"):
         who = holder(transport)
@@ -60,7 +60,7 @@ def test_a_second_benchmark_is_refused_with_the_name_of_the_first(
         assert holder(transport).bench_id == "second"
 
 
-def test_a_repeated_attempt_of_the_same_benchmark_is_no_second(transport: DirectTransport) -> None:
+def test_a_repeated_attempt_of_the_same_benchmark_is_no_second(transport: Transport) -> None:
     lock = DeviceLock(transport, "first")
     lock.acquire()
     lock.acquire()  # as after a broken connection
@@ -70,7 +70,7 @@ def test_a_repeated_attempt_of_the_same_benchmark_is_no_second(transport: Direct
 
 
 def test_a_silent_lock_is_taken_over_and_the_old_owner_learns_it(
-    transport: DirectTransport, from_another_host: None
+    transport: Transport, from_another_host: None
 ) -> None:
     first = DeviceLock(transport, "first")
     first.acquire()
@@ -87,7 +87,7 @@ def test_a_silent_lock_is_taken_over_and_the_old_owner_learns_it(
         second.beat()
 
 
-def test_a_sign_of_life_keeps_the_lock(transport: DirectTransport, from_another_host: None) -> None:
+def test_a_sign_of_life_keeps_the_lock(transport: Transport, from_another_host: None) -> None:
     first = DeviceLock(transport, "first")
     first.acquire()
     for beat in (first.beat, lambda: transport.shell(first.beat_command)):
@@ -98,7 +98,7 @@ def test_a_sign_of_life_keeps_the_lock(transport: DirectTransport, from_another_
 
 
 def test_a_silent_lock_with_a_run_on_the_device_is_kept(
-    transport: DirectTransport, from_another_host: None
+    transport: Transport, from_another_host: None
 ) -> None:
     DeviceLock(transport, "first").acquire()
     run = start(transport, ScriptRunner("sleep 600"), request("lock-run"))
@@ -114,7 +114,7 @@ def test_a_silent_lock_with_a_run_on_the_device_is_kept(
 
 
 def test_the_lock_of_a_process_that_died_here_is_taken_over_at_once(
-    transport: DirectTransport,
+    transport: Transport,
     local_device: LocalDevice,
 ) -> None:
     code = (
@@ -134,7 +134,7 @@ def test_the_lock_of_a_process_that_died_here_is_taken_over_at_once(
 
 
 def test_a_lock_without_a_readable_owner_is_respected_and_goes_stale(
-    transport: DirectTransport,
+    transport: Transport,
 ) -> None:
     for content in ("", "{broken", '{"bench_id": 5}'):
         transport.shell(f"mkdir -p {LOCK_FOLDER}")
@@ -147,7 +147,7 @@ def test_a_lock_without_a_readable_owner_is_respected_and_goes_stale(
 
 
 def test_only_one_of_two_that_saw_a_stale_lock_gets_it(
-    transport: DirectTransport, from_another_host: None
+    transport: Transport, from_another_host: None
 ) -> None:
     DeviceLock(transport, "dead").acquire()
     age(transport, 11)

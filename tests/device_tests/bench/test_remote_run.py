@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_tests.adb.direct import DirectTransport, open_tcp
+from device_tests.adb.direct import open_tcp
+from device_tests.adb.transport import Transport
 from device_tests.bench import remote_run
 from device_tests.bench.deploy import Deployment, deploy
 from device_tests.bench.remote_run import (
@@ -58,15 +59,13 @@ POLL_S = 0.05
 
 
 @pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[DirectTransport]:
+def transport(local_device: LocalDevice) -> Iterator[Transport]:
     with connect(local_device) as transport:
         yield transport
         transport.shell(f"rm -rf {remote_run.RUNS_FOLDER}")
 
 
-def run_script(
-    transport: DirectTransport, run_id: str, script: str, **options: float
-) -> RunOutcome:
+def run_script(transport: Transport, run_id: str, script: str, **options: float) -> RunOutcome:
     run = start(transport, ScriptRunner(script), request(run_id))
     return run.follow(poll_s=POLL_S, **options)
 
@@ -78,7 +77,7 @@ def names(outcome: RunOutcome) -> list[str]:
 # The run that goes well.
 
 
-def test_a_run_is_followed_to_its_result(transport: DirectTransport) -> None:
+def test_a_run_is_followed_to_its_result(transport: Transport) -> None:
     told: list[object] = []
     script = started("good") + tell(step(1)) + f"sleep 0.3; {tell(step(2))}" + result("good")
     run = start(transport, ScriptRunner(script), request("good"))
@@ -102,7 +101,7 @@ def test_the_run_needs_no_open_connection(local_device: LocalDevice) -> None:
         assert run.follow(poll_s=POLL_S).failure is None
 
 
-def test_a_run_is_started_once_even_if_it_is_asked_for_twice(transport: DirectTransport) -> None:
+def test_a_run_is_started_once_even_if_it_is_asked_for_twice(transport: Transport) -> None:
     script = f"echo x >>count; {result('once')}"
     run = start(transport, ScriptRunner(script), request("once"))
     again = start(transport, ScriptRunner(script), request("once"))
@@ -111,7 +110,7 @@ def test_a_run_is_started_once_even_if_it_is_asked_for_twice(transport: DirectTr
 
 
 def test_more_events_than_fit_in_an_answer_all_arrive(
-    transport: DirectTransport, monkeypatch: pytest.MonkeyPatch
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_run, "MAXIMUM_POLL_BYTES", 1000)
     script = "".join(tell(step(number)) for number in range(1, 41)) + result("many")
@@ -120,7 +119,7 @@ def test_more_events_than_fit_in_an_answer_all_arrive(
     assert [event["step"] for event in outcome.events] == list(range(1, 41))
 
 
-def test_an_event_that_is_written_in_two_pieces_is_read_once(transport: DirectTransport) -> None:
+def test_an_event_that_is_written_in_two_pieces_is_read_once(transport: Transport) -> None:
     line = json.dumps(step(1))
     script = (
         f"printf %s '{line[:30]}' >>events.jsonl; sleep 0.3; printf '%s\\n' '{line[30:]}'"
@@ -150,7 +149,7 @@ def test_an_event_that_is_written_in_two_pieces_is_read_once(transport: DirectTr
     ],
 )
 def test_an_end_of_its_own_is_named(
-    transport: DirectTransport,
+    transport: Transport,
     local_device: LocalDevice,
     script: str,
     reason: str,
@@ -163,7 +162,7 @@ def test_an_end_of_its_own_is_named(
     wait_for(lambda: not processes_of(local_device, run_id))
 
 
-def test_a_runner_that_vanishes_with_its_shell_is_noticed(transport: DirectTransport) -> None:
+def test_a_runner_that_vanishes_with_its_shell_is_noticed(transport: Transport) -> None:
     run = start(transport, ScriptRunner(started("gone") + "sleep 602"), request("gone"))
     wait_for(lambda: transport.stat(f"{run.folder}/events.jsonl"))
     transport.shell(f"read -r p rest <{run.folder}/pid; kill -9 -$p")
@@ -173,7 +172,7 @@ def test_a_runner_that_vanishes_with_its_shell_is_noticed(transport: DirectTrans
 
 
 def test_a_run_that_tells_without_end_is_ended(
-    transport: DirectTransport,
+    transport: Transport,
     local_device: LocalDevice,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -184,7 +183,7 @@ def test_a_run_that_tells_without_end_is_ended(
 
 
 def test_a_hang_is_named_and_every_process_of_it_killed(
-    transport: DirectTransport,
+    transport: Transport,
     local_device: LocalDevice,
 ) -> None:
     memory = {"event": "memory", "t_ms": 5} | dict.fromkeys(
@@ -337,7 +336,7 @@ class Struck(Exception):
     ("number", "reason"), [(signal.SIGKILL, "crash_signal"), (signal.SIGSTOP, "hang")]
 )
 def test_a_runner_that_is_killed_or_stopped_is_named(
-    transport: DirectTransport,
+    transport: Transport,
     local_device: LocalDevice,
     deployed: Deployment,
     number: signal.Signals,
@@ -363,9 +362,7 @@ def test_a_runner_that_is_killed_or_stopped_is_named(
     wait_for(lambda: not processes_of(local_device, run_id))
 
 
-def test_a_budget_that_is_too_small_is_named(
-    transport: DirectTransport, deployed: Deployment
-) -> None:
+def test_a_budget_that_is_too_small_is_named(transport: Transport, deployed: Deployment) -> None:
     limited = real_request("budget", deployed, memory_limit_bytes=200 << 20)
     outcome = start(transport, LinuxRunner(), limited).follow(poll_s=POLL_S)
     assert outcome.failure.reason == "out_of_memory"
@@ -388,7 +385,7 @@ def test_a_kill_by_the_kernel_for_want_of_memory_is_named(
 
 
 def test_a_bundle_that_changed_on_the_device_is_refused(
-    transport: DirectTransport, deployed: Deployment
+    transport: Transport, deployed: Deployment
 ) -> None:
     file = f"{deployed.remote_folder}/head.pte"
     assert transport.shell(f"chmod u+w {file}; echo x >>{file}").exit_code == 0
@@ -420,7 +417,7 @@ def test_a_disk_that_fills_up_under_the_runner_is_named(
     assert "step" in names(outcome)
 
 
-def test_a_python_that_is_not_there_is_named(transport: DirectTransport) -> None:
+def test_a_python_that_is_not_there_is_named(transport: Transport) -> None:
     run = start(transport, LinuxRunner(python="/no/python"), request("no-python"))
     assert run.follow(poll_s=POLL_S).failure.reason == "runner_missing"
 
