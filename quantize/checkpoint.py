@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -220,7 +221,7 @@ def _bad_entry(path: Path, name: str, field: str, value: object) -> CheckpointEr
     )
 
 
-def _one_of(path: Path, name: str, scheme: dict, field: str, allowed: tuple):
+def _one_of(path: Path, name: str, scheme: dict, field: str, allowed: tuple) -> Any:
     value = scheme.get(field)
     if type(value) is not type(allowed[0]) or value not in allowed:
         raise _bad_entry(path, name, field, value)

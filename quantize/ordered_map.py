@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ def in_order(
     *,
     size: Callable[[Item], int],
     size_in_all: int,
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Yields each item with `work(item)`, of which threads do the next ones meanwhile.
 
     There is a thread for each processor, in which torch's operators use no further ones: whole

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.checkpoint import FLOAT_TYPES
+from quantize.checkpoint import FLOAT_TYPES, Checkpoint
 from quantize.errors import CheckpointError
 from quantize.files.safetensors_writer import TensorSpec
 from quantize.packing import packed_width
@@ -24,6 +24,20 @@ class StoredWeight:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+def stored_weights(checkpoint: Checkpoint) -> list[StoredWeight]:
+    """The weights of a checkpoint's shards that are there, by name."""
+    return [
+        StoredWeight(
+            name,
+            checkpoint.file(name),
+            checkpoint.stored_dtype(name),
+            checkpoint.shape(name),
+            checkpoint.stored_bytes(name),
+        )
+        for name in sorted(checkpoint.names())
+    ]
 
 
 @dataclass(frozen=True)

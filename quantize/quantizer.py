@@ -1,22 +1,19 @@
 """Carries out a recipe on a checkpoint folder with torchao, one weight at a time.
 
-Which weight gets which scheme is the recipe's business; how integers lie on disk is `packing`'s.
+How one matrix is rounded is `rounding`'s business, what an interrupted call has done `resuming`'s.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import math
-import os
 import platform
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,20 +28,22 @@ from quantize.checkpoint import (
 )
 from quantize.errors import CheckpointError, RecipeError
 from quantize.files.atomic_folder import resumable_folder
+from quantize.files.durable import write_json
 from quantize.files.journal import Journal, work_text
 from quantize.files.json_files import read_json_object
 from quantize.files.safetensors_folder import INDEX_FILE, SINGLE_FILE
 from quantize.files.safetensors_writer import SafetensorsWriter, TensorSpec
 from quantize.ordered_map import in_order
-from quantize.packing import pack_int4
-from quantize.planning import Plan, PlannedWeight, StoredWeight, plan_weights
-from quantize.recipe import Recipe, Scheme
+from quantize.planning import Plan, PlannedWeight, plan_weights, stored_weights
+from quantize.recipe import Recipe
 from quantize.report import (
     QuantizationReport,
     ReportRow,
     layer_of,
     report_from_recipe_json,
 )
+from quantize.resuming import DoneWork, FinishedWeights
+from quantize.rounding import ELEMENTS_IN_ALL, pieces_of, quantize_piece
 
 COPIED_FILES = (
     CONFIG_FILE,
@@ -53,16 +52,6 @@ COPIED_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-# Rows of a matrix are quantized this many elements at a time, 16 MiB in fp32 (an expert of
-# DiffusionGemma 26B-A4B has as many), and no more than so many are in work or wait to be written,
-# however many processors there are. Quantizing a piece takes some 120 MB.
-_PIECE_ELEMENTS = 2**22
-_ELEMENTS_IN_ALL = 32 * _PIECE_ELEMENTS
-# Of finished tensors, so much output or so much time is flushed together: what a kill may cost
-# beside the tensor in work.
-_FLUSH_BYTES = 64 * 2**20
-_FLUSH_AFTER_S = 1.0
-
 # Called with bytes of source weights done, bytes in all, and the weight just worked on; what an
 # earlier, interrupted call did is reported before any work.
 Progress = Callable[[int, int, str], None]
@@ -142,7 +131,7 @@ def _quantize(
         raise CheckpointError(
             f"{source} is quantized already; quantize the checkpoint that it was made from."
         )
-    present = _present_weights(checkpoint)
+    present = stored_weights(checkpoint)
     # Before the destination is looked at: the recipe's errors come first.
     plan = plan_weights(present, recipe, source)
     if not checkpoint.missing:
@@ -155,8 +144,8 @@ def _quantize(
         is_ours=_is_quantized_folder,
         irreplaceable=partial,
     ) as (folder, journal):
-        done = _Done(journal.records)
-        _note_shards(present, source, folder, journal, done)
+        done = DoneWork(journal.records)
+        done.note_shards(present, source, folder, journal)
         plan = plan_weights(done.stored.values(), recipe, source)
         for name in COPIED_FILES:
             if (source / name).is_file():
@@ -168,26 +157,13 @@ def _quantize(
             raise _ShardsMissing(to_come)
         _refuse_nothing(plan, recipe, source)
         if [*done.shards] != [SINGLE_FILE]:
-            _write_json(folder / INDEX_FILE, _index(plan))
+            write_json(folder / INDEX_FILE, _index(plan))
         rows = [_row(weight, *done.energies[weight.name]) for weight in plan.weights]
-        _write_json(folder / RECIPE_FILE, _recipe_document(recipe, plan, rows))
+        write_json(folder / RECIPE_FILE, _recipe_document(recipe, plan, rows))
 
 
 def _no_progress(done: int, total: int, name: str) -> None:
     """Where nobody asked for it."""
-
-
-def _present_weights(checkpoint: Checkpoint) -> list[StoredWeight]:
-    return [
-        StoredWeight(
-            name,
-            checkpoint.file(name),
-            checkpoint.stored_dtype(name),
-            checkpoint.shape(name),
-            checkpoint.stored_bytes(name),
-        )
-        for name in sorted(checkpoint.names())
-    ]
 
 
 def _refuse_nothing(plan: Plan, recipe: Recipe, source: Path) -> None:
@@ -199,7 +175,7 @@ def _refuse_nothing(plan: Plan, recipe: Recipe, source: Path) -> None:
 
 
 def _work(source: Path, recipe: Recipe) -> str:
-    """A text that differs whenever the result could, but for the shards: see `_Done`."""
+    """A text that differs whenever the result could, but for the shards: see `DoneWork`."""
     names = (*COPIED_FILES, INDEX_FILE)
     return work_text(
         (source / name for name in names if (source / name).is_file()),
@@ -209,207 +185,12 @@ def _work(source: Path, recipe: Recipe) -> str:
     )
 
 
-class _Done:
-    """What the journal knows: the shards that were seen, their weights, and which are written.
-
-    `shards` maps a file to the size and time it had, `stored` and `energies` a weight's name to
-    what it is in the source, and to its signal and noise once it is whole in the result.
-    """
-
-    def __init__(self, records: list[dict]):
-        self.shards: dict[str, list[int]] = {}
-        self.stored: dict[str, StoredWeight] = {}
-        self.energies: dict[str, tuple[float, float]] = {}
-        for record in records:
-            if "shard" in record:
-                self.add_shard(record)
-            else:
-                self.energies[record["tensor"]] = record["signal"], record["noise"]
-
-    def rest(self, plan: Plan) -> list[PlannedWeight]:
-        """What is not whole in the result yet."""
-        return [weight for weight in plan.weights if weight.name not in self.energies]
-
-    def add_shard(self, record: dict) -> None:
-        """A shard that is new, or not the one that it was: of that, nothing is done."""
-        file = record["shard"]
-        for name in [name for name, weight in self.stored.items() if weight.file == file]:
-            del self.stored[name]
-            self.energies.pop(name, None)
-        self.shards[file] = record["size_and_time"]
-        for name, dtype, shape, nbytes in record["weights"]:
-            self.stored[name] = StoredWeight(name, file, dtype, tuple(shape), nbytes)
-
-
-def _note_shards(
-    present: list[StoredWeight], source: Path, folder: Path, journal: Journal, done: _Done
-) -> None:
-    """Tells the journal of shards that are new or changed; what was made of the latter goes."""
-    by_file: dict[str, list[StoredWeight]] = {}
-    for weight in present:
-        by_file.setdefault(weight.file, []).append(weight)
-    for file, weights in by_file.items():
-        stat = (source / file).stat()
-        size_and_time = [stat.st_size, stat.st_mtime_ns]
-        if done.shards.get(file) == size_and_time:
-            continue
-        (folder / file).unlink(missing_ok=True)
-        record = {
-            "shard": file,
-            "size_and_time": size_and_time,
-            "weights": [[w.name, w.dtype, list(w.shape), w.nbytes] for w in weights],
-        }
-        journal.append([record])
-        done.add_shard(record)
-
-
-def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Quantizes one fp32 matrix `[out, in]` as torchao does, to an IntxUnpackedToInt8Tensor."""
-    from torchao.quantization import quantize_
-
-    out_features, in_features = weight.shape
-    linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    quantize_(linear, _torchao_config(scheme))
-    return linear.weight.data
-
-
-@functools.cache
-def _torchao_config(scheme: Scheme):
-    # Imported here: it takes seconds, and the command line's --help must not.
-    from torchao.quantization import (
-        Int8DynamicActivationIntxWeightConfig,
-        IntxWeightOnlyConfig,
-        PerAxis,
-        PerGroup,
-    )
-    from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
-
-    weight_dtype = {4: torch.int4, 8: torch.int8}[scheme.bits]
-    granularity = PerAxis(0) if scheme.group_size is None else PerGroup(scheme.group_size)
-    scale_dtype = getattr(torch, scheme.scale_dtype)
-    algorithm = {
-        "minmax": IntxChooseQParamsAlgorithm.AFFINE,
-        "hqq": IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
-    }[scheme.scale_algorithm]
-    if scheme.activation == "int8_dynamic":
-        return Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=weight_dtype,
-            weight_granularity=granularity,
-            weight_scale_dtype=scale_dtype,
-            intx_choose_qparams_algorithm=algorithm,
-        )
-    return IntxWeightOnlyConfig(
-        weight_dtype=weight_dtype,
-        granularity=granularity,
-        scale_dtype=scale_dtype,
-        intx_choose_qparams_algorithm=algorithm,
-    )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A part of a weight that is worked on at once: an expert, or rows of a matrix; else all."""
-
-    weight: PlannedWeight
-    index: int | None = None
-    rows: tuple[int, int] | None = None
-    is_last: bool = True
-
-    @property
-    def elements(self) -> int:
-        shape = self.weight.shape
-        if self.index is not None:
-            return math.prod(shape[1:])
-        return (
-            self.weight.elements if self.rows is None else shape[1] * (self.rows[1] - self.rows[0])
-        )
-
-
-@dataclass(frozen=True)
-class _Quantized:
-    """What becomes of a piece: parts of tensors to write, and energies as of `ReportRow`."""
-
-    parts: dict[str, torch.Tensor]
-    signal: float = 0.0
-    noise: float = 0.0
-
-
-def _pieces(weight: PlannedWeight) -> Iterator[_Piece]:
-    """In order: experts one by one, large matrices by rows."""
-    if weight.scheme is None:
-        yield _Piece(weight)
-    elif len(weight.shape) == 3:
-        experts = weight.shape[0]
-        for index in range(experts):
-            yield _Piece(weight, index=index, is_last=index == experts - 1)
-    elif weight.scheme.scale_algorithm == "hqq":
-        # torchao ends its search when no scale of the whole matrix moves any more: pieces
-        # could end it at another step and so differ in the last bit.
-        yield _Piece(weight)
-    else:
-        rows, width = weight.shape
-        step = max(1, _PIECE_ELEMENTS // width)
-        for start in range(0, rows, step):
-            end = min(start + step, rows)
-            yield _Piece(weight, rows=(start, end), is_last=end == rows)
-
-
-def _quantize_piece(checkpoint: Checkpoint, piece: _Piece) -> _Quantized:
-    name, scheme = piece.weight.name, piece.weight.scheme
-    if scheme is None:
-        return _Quantized({name: checkpoint.get_as_stored(name)})
-    if piece.rows is not None:
-        matrix = checkpoint.get_rows(name, *piece.rows)
-    else:
-        matrix = checkpoint.get(name, piece.index)
-    if not torch.isfinite(matrix).all():
-        raise CheckpointError(
-            f"Tensor {name} of {checkpoint.folder} holds values that are not finite; "
-            "fetch the checkpoint again."
-        )
-    quantized = quantize_weight(matrix, scheme)
-    packed = pack_int4(quantized.qdata) if scheme.bits == 4 else quantized.qdata
-    return _Quantized(
-        {f"{name}.qdata": packed, f"{name}.scale": quantized.scale},
-        _energy(matrix),
-        _energy(matrix - quantized.dequantize()),
-    )
-
-
-class _Finished:
-    """Weights that are whole in their files: flushes them, and only then tells the journal."""
-
-    def __init__(self, writers: dict[str, SafetensorsWriter], journal: Journal):
-        self._writers = writers
-        self._journal = journal
-        self._waiting: list[tuple[PlannedWeight, float, float]] = []
-        self._flushed_at = time.monotonic()
-
-    def add(self, weight: PlannedWeight, signal: float, noise: float) -> None:
-        self._waiting.append((weight, signal, noise))
-        waiting_bytes = sum(weight.bytes_after for weight, _, _ in self._waiting)
-        waited_s = time.monotonic() - self._flushed_at
-        if waiting_bytes >= _FLUSH_BYTES or waited_s >= _FLUSH_AFTER_S:
-            self.flush()
-
-    def flush(self) -> None:
-        for file in {weight.stored.file for weight, _, _ in self._waiting}:
-            self._writers[file].flush()
-        self._journal.append(
-            {"tensor": weight.name, "signal": signal, "noise": noise}
-            for weight, signal, noise in self._waiting
-        )
-        self._waiting.clear()
-        self._flushed_at = time.monotonic()
-
-
 def _write_weights(
     checkpoint: Checkpoint,
     plan: Plan,
     folder: Path,
     journal: Journal,
-    done: _Done,
+    done: DoneWork,
     progress: Progress,
 ) -> None:
     """Writes the weights that are not done yet, into files as the plan says."""
@@ -437,7 +218,7 @@ def _write_pieces(
     plan: Plan,
     writers: dict[str, SafetensorsWriter],
     journal: Journal,
-    done: _Done,
+    done: DoneWork,
     progress: Progress,
 ) -> None:
     total = sum(weight.stored.nbytes for weight in plan.weights)
@@ -450,15 +231,15 @@ def _write_pieces(
         return
     import torchao.quantization  # noqa: F401 (once, before the threads)
 
-    finished = _Finished(writers, journal)
+    finished = FinishedWeights(writers, journal)
     signal = noise = 0.0
     try:
         with closing(
             in_order(
-                functools.partial(_quantize_piece, checkpoint),
-                (piece for weight in todo for piece in _pieces(weight)),
+                functools.partial(quantize_piece, checkpoint),
+                (piece for weight in todo for piece in pieces_of(weight)),
                 size=lambda piece: piece.elements,
-                size_in_all=_ELEMENTS_IN_ALL,
+                size_in_all=ELEMENTS_IN_ALL,
             )
         ) as results:
             for piece, quantized in results:
@@ -488,11 +269,6 @@ def _row(weight: PlannedWeight, signal: float, noise: float) -> ReportRow:
     )
 
 
-def _energy(matrix: torch.Tensor) -> float:
-    # Rows in fp32, their sum in fp64: a large matrix in fp64 would double the memory.
-    return float(matrix.square().sum(dim=1).sum(dtype=torch.float64))
-
-
 def _specs(weights: list[PlannedWeight]) -> dict[str, TensorSpec]:
     return {name: spec for weight in weights for name, spec in weight.specs.items()}
 
@@ -515,7 +291,7 @@ def _versions() -> dict[str, str]:
 def _recipe_document(recipe: Recipe, plan: Plan, rows: list[ReportRow]) -> dict:
     tensors = {}
     for weight, row in zip(plan.weights, rows, strict=True):
-        entry = {
+        entry: dict[str, Any] = {
             "scheme": asdict(weight.scheme) if weight.scheme is not None else None,
             "label": row.scheme,
             "layer": layer_of(weight.name),
@@ -536,14 +312,6 @@ def _recipe_document(recipe: Recipe, plan: Plan, rows: list[ReportRow]) -> dict:
         "tensors": tensors,
         "notes": list(plan.notes),
     }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _is_quantized_folder(folder: Path) -> bool:

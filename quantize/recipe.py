@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 from quantize.errors import RecipeError
 
 GROUP_SIZES = (128, 64, 32)
+ScaleAlgorithm = Literal["minmax", "hqq"]
 
 
 def _check(field: str, value: object, allowed: tuple) -> None:
@@ -36,7 +37,7 @@ class Scheme:
     bits: int = 4
     group_size: int | None = 32
     activation: Literal["int8_dynamic", "none"] = "int8_dynamic"
-    scale_algorithm: Literal["minmax", "hqq"] = "minmax"
+    scale_algorithm: ScaleAlgorithm = "minmax"
     scale_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     smaller_groups: bool = False
 
@@ -44,7 +45,7 @@ class Scheme:
         _check("bits", self.bits, (4, 8))
         _check("group_size", self.group_size, (*sorted(GROUP_SIZES), None))
         _check("activation", self.activation, ("int8_dynamic", "none"))
-        _check("scale_algorithm", self.scale_algorithm, ("minmax", "hqq"))
+        _check("scale_algorithm", self.scale_algorithm, get_args(ScaleAlgorithm))
         _check("scale_dtype", self.scale_dtype, ("bfloat16", "float32"))
         _check("smaller_groups", self.smaller_groups, (False, True))
 
@@ -155,14 +156,14 @@ def recipe_from_json(value: object) -> Recipe:
     return Recipe(table["name"], tuple(rules))
 
 
-def preset(name: str = "int4-g32", *, scale_algorithm: str = "minmax") -> Recipe:
+def preset(name: str = "int4-g32", *, scale_algorithm: ScaleAlgorithm = "minmax") -> Recipe:
     """A recipe by name (`PRESETS` lists them); `scale_algorithm="hqq"` applies to 4-bit weights.
 
     Raises RecipeError for a name or an algorithm that does not exist.
     """
     if name not in PRESETS:
         raise RecipeError(f"There is no recipe {name!r}; choose one of {', '.join(PRESETS)}.")
-    _check("scale_algorithm", scale_algorithm, ("minmax", "hqq"))
+    _check("scale_algorithm", scale_algorithm, get_args(ScaleAlgorithm))
     group_size, embedding = PRESETS[name]
     linear = Scheme(
         bits=4,

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -110,7 +111,7 @@ class SafetensorsFolder:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def _slice(self, name: str):
+    def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise CheckpointError(
                 f"{self.folder} holds no tensor {name} (it holds {len(self._file_of)} others); "

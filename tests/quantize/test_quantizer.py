@@ -23,7 +23,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
-from quantize import quantizer
+from quantize import rounding
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError, OutputError, RecipeError
 from quantize.quantizer import COPIED_FILES, quantize_checkpoint
@@ -175,7 +175,7 @@ def test_rows_of_an_odd_width_survive_the_packing(tmp_path):
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(scale_algorithm="hqq")])
 def test_a_large_matrix_read_in_pieces_gives_the_same_bits(tmp_path, monkeypatch, scheme):
     # Seven rows a piece, which does not divide 24.
-    monkeypatch.setattr(quantizer, "_PIECE_ELEMENTS", 7 * 128 + 5)
+    monkeypatch.setattr(rounding, "_PIECE_ELEMENTS", 7 * 128 + 5)
     quantize_checkpoint(_source(tmp_path / "in"), tmp_path / "out", _everything(scheme))
     reference = _torchao_linear(_small()[_LINEAR], scheme).weight
     _assert_identical(open_checkpoint(tmp_path / "out").get(_LINEAR), reference)

@@ -79,14 +79,14 @@ _MOMENTS = {
     "after the first experts": "4",
     "in the second experts": "7",
     "after the last weight": "9",
-    "before the recipe is written": "quantizer._write_json",
+    "before the recipe is written": "quantizer.write_json",
     "before it gets its name": "atomic_folder._move_into_place",
     "after it got its name": "atomic_folder._remove",
 }
 # One process imports torch, and a copy of it is killed at each moment.
 _KILLED = """
 import os, signal, sys
-from quantize import quantizer
+from quantize import quantizer, resuming
 from quantize.files import atomic_folder
 from quantize.recipe import preset
 
@@ -102,7 +102,7 @@ def quantize(folder, moment):
     if not moment.isdigit():
         module, name = moment.split(".")
         setattr({"quantizer": quantizer, "atomic_folder": atomic_folder}[module], name, kill)
-    quantizer._FLUSH_AFTER_S = 0.0
+    resuming._FLUSH_AFTER_S = 0.0
     quantizer.quantize_checkpoint(
         sys.argv[1] + "/in", sys.argv[1] + "/" + folder, preset(), progress=progress,
     )
@@ -146,13 +146,13 @@ def test_what_a_kill_leaves_is_finished_to_the_same_bytes(killed, moment, monkey
         return
     assert not (killed / name).exists()
     worked_on = []
-    quantize_piece = quantizer._quantize_piece
+    quantize_piece = quantizer.quantize_piece
 
     def counted(checkpoint, piece):
         worked_on.append(piece.weight.name)
         return quantize_piece(checkpoint, piece)
 
-    monkeypatch.setattr(quantizer, "_quantize_piece", counted)
+    monkeypatch.setattr(quantizer, "quantize_piece", counted)
     calls = _quantize(killed, name)
     assert _bytes(killed / name) == _bytes(killed / "whole")
     assert f".{name}.partial" not in _hidden(killed)
