@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.peer_llama_cpp import HEAD_DIM, KV_HEADS, LAYERS, POSITIONS, THREADS
 from export.contract.bundle import open_bundle
+from export.host.bundle_engine import open_engine
 from export.host.process import peak_rss_bytes
-from export.host.runtime import open_session
 
 TOKENS = 64
 SETTINGS = np.array([0.0, 1.0, 0.0, 2.0, 0.0], dtype=np.float32)
@@ -50,15 +50,16 @@ def _timed(work: Callable[[], Any]) -> float:
 def _products(path: Path) -> tuple[Callable[[], float], int]:
     import torch
 
-    from export.host.runtime import _load_executorch, _single_torch_thread
+    from export.host.bundle_engine import single_torch_thread
+    from export.host.executorch_1_5_1 import Bindings
 
-    program = _load_executorch(THREADS)._load_program(str(path))
+    program = Bindings(THREADS).load_program(str(path))
     method = program.load_method("forward")
     shape = method.method_meta().input_tensor_meta(0).sizes()
     inputs = [torch.randn(*shape, generator=torch.Generator().manual_seed(0))]
 
     def run(_keep_alive: Any = program) -> None:
-        with _single_torch_thread():
+        with single_torch_thread():
             method(inputs)
 
     return lambda: _timed(run), 0
@@ -66,7 +67,7 @@ def _products(path: Path) -> tuple[Callable[[], float], int]:
 
 def _case(case: str, folder: Path, steps: int) -> tuple[Callable[[], float], int]:
     """What to time, returning milliseconds, and the bytes of the KV cache."""
-    session = open_session(open_bundle(folder, verify=False), THREADS)
+    session = open_engine(open_bundle(folder, verify=False), THREADS).session()
     model, info = session.model, session.info
     prompt = np.random.default_rng(0).integers(0, 150_000, POSITIONS, dtype=np.int64)
     mask = model.decoding.mask_token

@@ -29,8 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.contract.bundle import open_bundle
+from export.host.bundle_engine import load_stage
+from export.host.eager import eager_stage
 from export.host.process import peak_rss_bytes, return_large_blocks
-from export.host.runtime import LoadedStage, eager_stage, load_stage
+from export.host.stages import LoadedStage
 from export.models import stage_model
 from export.models.staging import StageModule
 from quantize.checkpoint import open_checkpoint

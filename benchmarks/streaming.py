@@ -35,15 +35,15 @@ PROMPT_TOKENS = 32
 
 def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Answer in this process; what a run of either kind tells."""
+    from export.host.bundle_engine import open_engine
     from export.host.process import peak_rss_bytes
-    from export.host.runtime import open_session
     from export.host.streaming.mapped_weights import MemoryOptions
 
     bundle = open_bundle(arguments.bundle, verify=False)
     model = bundle.manifest.model
     began_s = time.perf_counter()
     memory = MemoryOptions(arguments.budget, arguments.packed_weights)
-    session = open_session(bundle, arguments.threads, memory=memory)
+    engine = open_engine(bundle, arguments.threads, memory=memory)
     load_ms = 1000 * (time.perf_counter() - began_s)
     ordinary = [i for i in range(5, model.vocabulary_size)]
     prompt = [ordinary[7919 * i % len(ordinary)] for i in range(PROMPT_TOKENS)]
@@ -51,10 +51,9 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     new_tokens = model.canvas_length if is_diffusion else arguments.steps
     steps = arguments.steps if is_diffusion else 1
     # The first answer warms up: the division of the weights is made in it.
-    session.generate(prompt, new_tokens, 0, force_steps=1)
-    session = type(session)(session.model, session.special_tokens, session.settings)
-    before = session.model.weights.report()
-    result = session.generate(prompt, new_tokens, 1, force_steps=steps)
+    engine.session().generate(prompt, new_tokens, 0, force_steps=1)
+    before = engine.weights.report()
+    result = engine.session().generate(prompt, new_tokens, 1, force_steps=steps)
     return {
         "tokens": list(result.tokens),
         "load_ms": load_ms,
@@ -62,7 +61,7 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "total_ms": result.total_ms,
         "new_tokens": result.new_tokens,
         "peak_rss_bytes": peak_rss_bytes(),
-        "weights": session.model.weights.report(since=before),
+        "weights": engine.weights.report(since=before),
     }
 
 

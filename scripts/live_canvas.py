@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from export.host.session import (
+from export.host.generation import (
     CanvasCommitted,
     CanvasDenoised,
     CanvasStarted,

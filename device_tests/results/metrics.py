@@ -120,11 +120,14 @@ def trials(record: Record, kind: str | None = None) -> list[tuple[str, bool]]:
 
 def share_interval(found: Sequence[tuple[str, bool]]) -> tuple[float, float] | None:
     """The 95 % Wilson interval of the share that is right; None of nothing."""
-    # Imported here: it brings the loops of generation.
-    from export.host.evaluation import wilson_interval
+    # Imported here: it takes a second.
+    from scipy.stats import binomtest
 
+    if not found:
+        return None
     right = sum(is_exact for _, is_exact in found)
-    return wilson_interval(right, len(found)) if found else None
+    low, high = binomtest(right, len(found)).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def _exact_match(kind: str | None) -> Callable[[Record], float | None]:

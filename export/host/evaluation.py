@@ -6,21 +6,17 @@ puzzles, noise and random numbers, so that what differs is the model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from export.contract.bundle import ModelInfo
+from export.host.engine import Engine
 from export.host.puzzles import Puzzle, is_exact
 from export.host.session import Session
 from export.host.tokenizer import TextTokenizer
-from export.host.uniform_diffusion import UniformDiffusionSession, score
 from quantize.errors import InputError
-
-Z_95 = 1.959963984540054
-"""The normal quantile of a two-sided 95 % interval."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -48,22 +44,15 @@ class Tally:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of `exact_match`."""
-        return wilson_interval(self.correct, self.count)
+        """95 % Wilson interval of `exact_match`. Raises ValueError for a share that cannot be."""
+        from scipy.stats import binomtest  # here: it takes a second, which a run need not
 
-
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (E. B. Wilson, JASA 22, 1927). Raises ValueError for no trials."""
-    if not 0 <= correct <= count or count == 0:
-        raise ValueError(f"{correct} of {count} is no share")
-    share, z2 = correct / count, Z_95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+        low, high = binomtest(self.correct, self.count).proportion_ci(method="wilson")
+        return float(low), float(high)
 
 
 def evaluate(
-    session: Session,
+    engine: Engine,
     tokenizer: TextTokenizer,
     puzzles: Sequence[Puzzle],
     *,
@@ -76,20 +65,17 @@ def evaluate(
     own, the same for every model; each may take as many tokens as the longest answer does. Raises
     InputError for an answer that is longer than a canvas, and what `generate` raises.
     """
-    max_new_tokens = room_for_answers(puzzles, tokenizer, session.info)
+    max_new_tokens = room_for_answers(puzzles, tokenizer, engine.info)
     by_kind: dict[str, list[tuple[bool, float | None, int]]] = {}
     for number, puzzle in enumerate(puzzles):
         if progress is not None:
             progress(number, len(puzzles), puzzle.kind)
         prompt = tokenizer.encode_prompt(puzzle.prompt)
+        session = engine.session()
         target = target_canvas(session, tokenizer, puzzle)
-        alone = type(session)(session.model, session.special_tokens, session.settings)
-        result = alone.generate(prompt, max_new_tokens, seed + number)
+        result = session.generate(prompt, max_new_tokens, seed + number)
         is_right = is_exact(puzzle, tokenizer.decode(result.answer_tokens))
-        loss = None
-        if isinstance(session, UniformDiffusionSession):
-            noisy = corrupt(target, session.info.vocabulary_size, seed + number)
-            loss = -float(np.mean(score(session.model, prompt, noisy, target), dtype=np.float64))
+        loss = session.denoising_loss(prompt, target, seed + number)
         by_kind.setdefault(puzzle.kind, []).append((is_right, loss, len(result.steps)))
     tallies = [_tally(kind, rows) for kind, rows in sorted(by_kind.items())]
     every = [row for rows in by_kind.values() for row in rows]
@@ -127,10 +113,8 @@ def target_canvas(session: Session, tokenizer: TextTokenizer, puzzle: Puzzle) ->
 
     Uniform diffusion has one canvas for it, the others as many as it takes.
     """
-    special, size = session.special_tokens, session.info.canvas_length
-    answer = tokenizer.encode(puzzle.answer)
-    if not isinstance(session, UniformDiffusionSession):
-        size *= -(-(len(answer) + 1) // size)
+    special, answer = session.special_tokens, tokenizer.encode(puzzle.answer)
+    size = session.target_length(len(answer) + 1)
     if not special.eos or special.pad is None or len(answer) + 1 > size:
         raise InputError(
             f"the answer {puzzle.answer!r} has {len(answer)} tokens; scoring needs an end token, "
@@ -140,12 +124,3 @@ def target_canvas(session: Session, tokenizer: TextTokenizer, puzzle: Puzzle) ->
     # A chat model ends its turn with the last of its end tokens; the first ends a document.
     canvas[: len(answer) + 1] = [*answer, special.eos[-1]]
     return canvas
-
-
-def corrupt(canvas: np.ndarray, vocabulary_size: int, seed: int) -> np.ndarray:
-    """Replace each token by a uniformly random one with a probability drawn from [0, 1)."""
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    level = generator.random()
-    is_replaced = generator.random(canvas.shape) < level
-    noise = generator.integers(0, vocabulary_size, canvas.shape, dtype=np.int64)
-    return np.where(is_replaced, noise, canvas)

@@ -48,7 +48,9 @@ from quantize.errors import BundleError, InputError, UserError
 # torch and what imports it come later: a request that is refused must not wait for them.
 if TYPE_CHECKING:
     from export.contract.bundle import Bundle
-    from export.host.session import Event, GenerationResult, Session
+    from export.host.engine import Engine
+    from export.host.generation import Event, GenerationResult
+    from export.host.session import Session
     from export.host.streaming.mapped_weights import MemoryOptions
     from export.host.tokenizer import TextTokenizer
 
@@ -148,7 +150,7 @@ class _Run:
         self.events = events
         self.thermal_folder = thermal_folder
         self.is_cancelled = False
-        self.session: Session | None = None
+        self.engine: Engine | None = None
         self.tokenizer: TextTokenizer | None = None
         self.tokens: list[int] = []
         self.protocol = PROTOCOLS[0]
@@ -172,7 +174,7 @@ class _Run:
         self.import_libraries()
         self.load(request, bundle)
         self.warm_up(request, prompts[0])
-        weights = self.session.model.weights
+        weights = self.engine.weights
         before = None if weights is None else weights.report()
         if request.prompts is None:
             self.generate(request, prompts[0])
@@ -255,16 +257,16 @@ class _Run:
     def import_libraries(self) -> None:
         self.stop_if_cancelled()
         with self.timed("import_ms"):
-            import export.host.runtime  # noqa: F401
+            import export.host.bundle_engine  # noqa: F401
 
-            # What `open_session` imports when it is called: here, or it would count as loading.
+            # What `open_engine` imports when it is called: here, or it would count as loading.
             with captured_stderr():  # it tells how it counted the cores
                 import executorch.kernels.quantized  # noqa: F401
                 from executorch.extension.pybindings import _C  # noqa: F401
 
     def load(self, request: RunRequest, bundle: Bundle) -> None:
         from export.contract.bundle import MANIFEST_FILE, open_bundle
-        from export.host.runtime import open_session
+        from export.host.bundle_engine import open_engine
 
         self.stop_if_cancelled()
         memory = _memory_options(request)
@@ -286,9 +288,9 @@ class _Run:
             cold |= {"method": "fadvise", "resident_after": page_cache.resident_share(files)}
         with self.timed("load_ms"):
             opened = open_bundle(request.bundle, verify=False)
-            self.session = open_session(opened, request.threads, memory=memory)
+            self.engine = open_engine(opened, request.threads, memory=memory)
         sample = memory_sampler.sample()
-        self.result |= {"cold": cold, "threads": self.session.model.threads}
+        self.result |= {"cold": cold, "threads": self.engine.threads}
         self.result["memory"]["after_load"] = sample
         told = ("import_ms", "verify_ms", "tokenizer_ms", "load_ms", "threads", "delegation")
         self.events(
@@ -303,10 +305,10 @@ class _Run:
         """A short answer of a session of its own, which leaves nothing behind."""
         if request.warmup_steps == 0:
             return
-        session = self.new_session()
+        session = self.engine.session()
         with self.timed("warmup_ms"):
             session.generate(
-                prompt[: session.model.info.canvas_length],
+                prompt[: session.info.canvas_length],
                 1,
                 request.seed,
                 force_steps=request.warmup_steps,
@@ -315,13 +317,8 @@ class _Run:
         self.stop_if_cancelled()
         self.events("warmed_up", ms=self.result["warmup_ms"], steps=request.warmup_steps)
 
-    def new_session(self) -> Session:
-        """A conversation that knows nothing yet, with the model that is loaded."""
-        session = self.session
-        return type(session)(session.model, session.special_tokens, session.settings)
-
     def generate(self, request: RunRequest, prompt: Sequence[int]) -> None:
-        result = self.generate_one(self.session, request, prompt, request.seed, self.tell)
+        result = self.generate_one(self.engine.session(), request, prompt, request.seed, self.tell)
         self.keep(result)
         if result.finish_reason == "cancelled":
             self.stop_if_cancelled()
@@ -334,7 +331,7 @@ class _Run:
             self.encodings = 0
             seed = (request.seed + number) % 2**64
             result = self.generate_one(
-                self.new_session(), request, prompt, seed, self.tell_sign_of_life
+                self.engine.session(), request, prompt, seed, self.tell_sign_of_life
             )
             if result.finish_reason == "cancelled":
                 self.stop_if_cancelled()
@@ -362,7 +359,7 @@ class _Run:
             prompt,
             request.max_new_tokens,
             seed,
-            settings=session.settings_with(request.settings or {}),
+            settings=self.engine.settings_with(request.settings or {}),
             force_steps=request.force_steps,
             on_event=listener,
             cancel=lambda: self.is_cancelled,
@@ -384,7 +381,7 @@ class _Run:
 
     def tell(self, event: Event) -> None:
         """An event of the loop as one of the protocol; the loop's clock does not run meanwhile."""
-        from export.host.session import CanvasCommitted, CanvasDenoised, PromptEncoded
+        from export.host.generation import CanvasCommitted, CanvasDenoised, PromptEncoded
 
         match event:
             case PromptEncoded():
@@ -402,7 +399,7 @@ class _Run:
                     finished=event.finished,
                 )
             case CanvasCommitted():
-                special = self.session.special_tokens
+                special = self.engine.special_tokens
                 tokens = event.tokens.tolist()
                 self.events(
                     "canvas",
@@ -418,7 +415,7 @@ class _Run:
 
     def tell_sign_of_life(self, event: Event) -> None:
         """Of several prompts: count the passes, and tell little of each."""
-        from export.host.session import CanvasDenoised, PromptEncoded
+        from export.host.generation import CanvasDenoised, PromptEncoded
 
         self.encodings += isinstance(event, PromptEncoded)
         if isinstance(event, PromptEncoded | CanvasDenoised) and self._sign_pace.is_due():

@@ -1,185 +1,243 @@
-"""What a generation is, whatever the model's style: sessions, turns, events, results.
+"""A conversation with one model (`Session`), and the loop that every style shares (`Turn`).
 
-A session is the host's loop over a model: it moves small arrays between layers and head, and
-counts; it sees no logits, no weights and no text, and needs no torch. The loops are
-`export.host.uniform_diffusion`, `export.host.masked_diffusion` and `export.host.autoregressive`.
+What a style adds is in `export.host.loops`. Nothing here knows logits, weights or text, and
+nothing needs torch.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
 from export.contract.bundle import ModelInfo, SpecialTokens
+from export.host.generation import (
+    CanvasCommitted,
+    CanvasDenoised,
+    CanvasResult,
+    CanvasStarted,
+    Event,
+    FinishReason,
+    GenerationResult,
+    PromptEncoded,
+    StepStats,
+)
 from export.host.process import peak_rss_bytes
+from export.host.stage_model import StageModel
 from quantize.errors import InputError
 
-FinishReason = Literal["eos", "length", "cancelled"]
+
+def _ignore(event: Event) -> None:
+    pass
 
 
-@dataclass(frozen=True)
-class PromptEncoded:
-    """`done` of `total` tokens that were not yet cached are encoded; `ms` is this chunk's time."""
-
-    done: int
-    total: int
-    ms: float
+def _never() -> bool:
+    return False
 
 
-@dataclass(frozen=True)
-class CanvasStarted:
-    """A canvas begins with the random `tokens` `[T]`; `canvas` counts since the session began."""
-
-    canvas: int
-    tokens: np.ndarray
+class Cancelled(Exception):
+    """Raised inside a turn when the caller wants no more; `Turn.run` returns what is committed."""
 
 
-@dataclass(frozen=True)
-class CanvasDenoised:
-    """One denoising step is done; `step` counts up from 1 to at most `max_steps`.
+class Turn:
+    """The work and the clock of one `generate` call; a style adds `encode` and `denoise_canvas`."""
 
-    `tokens` is the next, partly random canvas, `draft` the argmax canvas, `accepted` (bool) where
-    `tokens` was sampled and not random, `entropy` in nats; all `[T]`.
-    """
+    def __init__(
+        self,
+        session: Session,
+        seed: int,
+        settings: Any,
+        canvas_count: int = 1,
+        force_steps: int | None = None,
+        on_event: Callable[[Event], None] = _ignore,
+        cancel: Callable[[], bool] = _never,
+    ) -> None:
+        self.session = session
+        self.model = session.model
+        self.info = session.info
+        self.seed = seed
+        self.settings = settings
+        self.settings_array = settings.as_array()
+        self.canvas_count = canvas_count
+        self.force_steps = force_steps
+        # The end of all canvases that were asked for.
+        self.end = session.length + canvas_count * self.info.canvas_length
+        self._listener = on_event
+        self._cancel = cancel
+        self._began = time.perf_counter()
+        self._layers_ms = 0.0
+        self._head_ms = 0.0
+        self._steps: list[StepStats] = []
+        self._prompt_ms = 0.0
+        self._encode_ms = 0.0
+        self._first_draft_ms: float | None = None
+        self._first_commit_ms: float | None = None
 
-    canvas: int
-    step: int
-    max_steps: int
-    tokens: np.ndarray
-    draft: np.ndarray
-    accepted: np.ndarray
-    entropy: np.ndarray
-    layers_ms: float
-    head_ms: float
-    finished: bool
+    # --- what a style adds
 
+    def encode(self) -> None:
+        """Bring the known tokens into the KV cache, as far as the next canvas needs them."""
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class CanvasCommitted:
-    """A canvas is final: `tokens` `[T]` with padding after the first end token; `is_last`: it ends
-    the text."""
+    def denoise_canvas(self) -> tuple[np.ndarray, bool]:
+        """One canvas behind the known tokens: its tokens, and whether it was finished."""
+        raise NotImplementedError
 
-    canvas: int
-    tokens: np.ndarray
-    steps: int
-    is_last: bool
+    def first_end(self, tokens: np.ndarray) -> int | None:
+        """Index of the first end token in a canvas; None if the text goes on."""
+        ends = np.flatnonzero(np.isin(tokens, self.session.special_tokens.eos))
+        return int(ends[0]) if ends.size else None
 
+    # --- the loop
 
-Event = PromptEncoded | CanvasStarted | CanvasDenoised | CanvasCommitted
+    def run(self, prompt_tokens: int) -> GenerationResult:
+        """Encode and denoise, canvas by canvas, until an end token or the last canvas."""
+        canvases: list[CanvasResult] = []
+        reason: FinishReason = "length"
+        try:
+            for number in range(1, self.canvas_count + 1):
+                self.encode()
+                tokens, converged = self.denoise_canvas()
+                end = self.first_end(tokens)
+                is_last = end is not None or number == self.canvas_count
+                canvases.append(self._commit(tokens, end, converged, is_last))
+                if end is not None:
+                    reason = "eos"
+                    break
+        except Cancelled:
+            reason = "cancelled"
+        return GenerationResult(
+            prompt_tokens=prompt_tokens,
+            canvases=tuple(canvases),
+            finish_reason=reason,
+            special_tokens=self.session.special_tokens,
+            prompt_ms=self._prompt_ms,
+            encode_ms=self._encode_ms,
+            total_ms=_ms_since(self._began),
+            first_draft_ms=self._first_draft_ms,
+            first_commit_ms=self._first_commit_ms,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
 
+    def _commit(
+        self, tokens: np.ndarray, end: int | None, converged: bool, is_last: bool
+    ) -> CanvasResult:
+        """Append a canvas to the session, padded behind its end token if there is padding."""
+        pad = self.session.special_tokens.pad
+        if end is not None and pad is not None:
+            tokens = tokens.copy()
+            tokens[end + 1 :] = pad
+        index = self.session.canvases
+        self.session.append_canvas(tokens)
+        if self._first_commit_ms is None:
+            self._first_commit_ms = _ms_since(self._began)
+        steps, self._steps = tuple(self._steps), []
+        self.emit(CanvasCommitted(index, tokens, len(steps), is_last))
+        return CanvasResult(index, tuple(tokens.tolist()), steps, converged)
 
-@dataclass(frozen=True)
-class StepStats:
-    """Times of one denoising step, how many positions it accepted, and their mean entropy (nats,
-    over the whole canvas)."""
+    # --- what a style's methods are written with
 
-    layers_ms: float
-    head_ms: float
-    accepted: int
-    mean_entropy: float
+    def encode_up_to(
+        self, end: int, chunk_length: int, run: Callable[[np.ndarray, int], Any]
+    ) -> Any:
+        """Bring the tokens before `end` into the KV cache, `chunk_length` of them in a call.
 
-    @property
-    def ms(self) -> float:
-        """Layers and head together."""
-        return self.layers_ms + self.head_ms
+        `run` takes tokens `[N]` int64 and the position of the first. Returns what its last call
+        returned; None where all are cached.
+        """
+        session = self.session
+        begin, hidden = session.cached, None
+        while (start := session.cached) < end:
+            self._stop_if_cancelled()
+            tokens = session.span(start, min(start + chunk_length, end))
+            began = time.perf_counter()
+            hidden = run(tokens, start)
+            ms = _ms_since(began)
+            session.set_cached(start + len(tokens))
+            if self._first_commit_ms is None:
+                self._prompt_ms += ms
+            else:
+                self._encode_ms += ms
+            self.emit(PromptEncoded(session.cached - begin, end - begin, ms))
+        return hidden
 
+    def begin_canvas(self, tokens: np.ndarray) -> None:
+        """Report the canvas `[T]` that denoising begins with."""
+        self.emit(CanvasStarted(self.session.canvases, tokens))
 
-@dataclass(frozen=True)
-class CanvasResult:
-    """A committed canvas: its tokens (padding after the first end token) and its steps.
+    def run_layers(self, *inputs: Any) -> Any:
+        """The model's layers by the clock, as one step's; returns hidden states."""
+        self._stop_if_cancelled()
+        began = time.perf_counter()
+        hidden = self.model.layers(*inputs)
+        self._layers_ms = _ms_since(began)
+        return hidden
 
-    `converged` tells a canvas that was finished from one that ran out of steps.
-    """
+    def run_head(self, hidden: Any, *inputs: Any) -> Any:
+        """The model's head by the clock, as one step's; returns what the style's head returns."""
+        self._stop_if_cancelled()
+        began = time.perf_counter()
+        output = self.model.head(hidden, *inputs)
+        self._head_ms = _ms_since(began)
+        return output
 
-    canvas: int
-    tokens: tuple[int, ...]
-    steps: tuple[StepStats, ...]
-    converged: bool
+    def end_step(
+        self,
+        step: int,
+        max_steps: int,
+        tokens: np.ndarray,
+        draft: np.ndarray,
+        accepted: np.ndarray,
+        entropy: np.ndarray,
+        finished: bool,
+        newly_accepted: int | None = None,
+    ) -> None:
+        """Count and report a step that `run_layers` and `run_head` were called for.
 
+        Arrays as in `CanvasDenoised`; newly_accepted: positions that this step accepted, where
+        `accepted` holds those of earlier steps too.
+        """
+        if newly_accepted is None:
+            newly_accepted = int(accepted.sum())
+        layers_ms, self._layers_ms = self._layers_ms, 0.0
+        stats = StepStats(layers_ms, self._head_ms, newly_accepted, float(entropy.mean()))
+        self._steps.append(stats)
+        if self._first_draft_ms is None:
+            self._first_draft_ms = _ms_since(self._began)
+        self.emit(
+            CanvasDenoised(
+                self.session.canvases, step, max_steps, tokens, draft, accepted, entropy,
+                layers_ms, self._head_ms, finished,
+            )
+        )  # fmt: skip
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """One turn: the committed canvases and what they took.
+    def emit(self, event: Event) -> None:
+        """Pass an event to the caller; the time that this takes does not count."""
+        began = time.perf_counter()
+        self._listener(event)
+        self._began += time.perf_counter() - began
 
-    `prompt_ms` is the encoding of what was not cached when the turn began, `encode_ms` that of
-    committed canvases between one canvas and the next. Times in ms since the call, without what
-    `on_event` took: `first_draft_ms` to the end of the first denoising step, `first_commit_ms` to
-    the first canvas committed, None where it did not come so far.
-    """
-
-    prompt_tokens: int
-    canvases: tuple[CanvasResult, ...]
-    finish_reason: FinishReason
-    special_tokens: SpecialTokens
-    prompt_ms: float
-    encode_ms: float
-    total_ms: float
-    first_draft_ms: float | None
-    first_commit_ms: float | None
-    peak_rss_bytes: int
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """All committed tokens, whole canvases, as transformers returns them."""
-        return tuple(token for canvas in self.canvases for token in canvas.tokens)
-
-    @property
-    def answer_tokens(self) -> tuple[int, ...]:
-        """The tokens before the first end token."""
-        tokens = self.tokens
-        ends = (i for i, token in enumerate(tokens) if token in self.special_tokens.eos)
-        return tokens[: next(ends, len(tokens))]
-
-    @property
-    def new_tokens(self) -> int:
-        """Committed tokens that are not padding."""
-        return sum(token != self.special_tokens.pad for token in self.tokens)
-
-    @property
-    def steps(self) -> tuple[StepStats, ...]:
-        """The denoising steps of all committed canvases."""
-        return tuple(step for canvas in self.canvases for step in canvas.steps)
-
-    @property
-    def steps_per_canvas(self) -> float | None:
-        """Mean number of denoising steps of a canvas."""
-        return len(self.steps) / len(self.canvases) if self.canvases else None
-
-    @property
-    def median_step_ms(self) -> float | None:
-        """Median time of a denoising step, layers and head."""
-        return statistics.median(step.ms for step in self.steps) if self.steps else None
-
-    @property
-    def tokens_per_forward(self) -> float | None:
-        """Tokens that are not padding by denoising steps, as transformers defines it."""
-        return self.new_tokens / len(self.steps) if self.steps else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens that are not padding by the whole time of the call, encoding included."""
-        return 1000 * self.new_tokens / self.total_ms if self.canvases else None
+    def _stop_if_cancelled(self) -> None:
+        if self._cancel():
+            raise Cancelled
 
 
 class Session:
     """A conversation with one model: which tokens there are, and how many the KV cache holds.
 
-    One session at a time per model, since the cache is the model's. What a style adds is its
-    settings (a dataclass) and its `Turn`. `can_set` names the settings that its program heeds.
+    One at a time per model, since the cache is the model's. `Engine.session` begins one.
     """
 
-    turn_class: type[Turn]
+    turn_class: ClassVar[type[Turn]]
+    model_class: ClassVar[type[StageModel]]
 
     def __init__(self, model: Any, special_tokens: SpecialTokens, settings: Any) -> None:
+        """settings: of the style's sampler, the default of `generate`."""
         self.model = model
         self.special_tokens = special_tokens
         self.settings = settings
-        self.can_set = frozenset(vars(settings))
         self._tokens: list[int] = []
         self._cached = 0
         self._canvases = 0
@@ -195,8 +253,13 @@ class Session:
         return tuple(self._tokens)
 
     @property
+    def length(self) -> int:
+        """How many tokens there are."""
+        return len(self._tokens)
+
+    @property
     def cached(self) -> int:
-        """How many of `tokens` the KV cache holds: all but the last canvas of the last turn."""
+        """How many of them the KV cache holds: all but the last canvas of the last turn."""
         return self._cached
 
     @property
@@ -204,16 +267,22 @@ class Session:
         """Canvases committed since the session began: the random numbers' next canvas index."""
         return self._canvases
 
-    def settings_with(self, changes: Mapping[str, float]) -> Any:
-        """The session's settings with some replaced; InputError for an unknown one or its value."""
-        if unknown := sorted(changes.keys() - self.can_set):
-            raise InputError(
-                f"the sampler of this model has no setting {', '.join(unknown)}; it has "
-                f"{', '.join(name for name in vars(self.settings) if name in self.can_set)}"
-                + "; export it with --truncation for top_p and top_k"
-                * hasattr(self.settings, "top_p")
-            )
-        return replace(self.settings, **changes)
+    def span(self, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """The tokens from position `begin` up to `end` (None: the last), int64."""
+        return np.array(self._tokens[begin:end], dtype=np.int64)
+
+    def set_cached(self, length: int) -> None:
+        """For turns: the KV cache holds the first `length` tokens from now on."""
+        self._cached = length
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """For turns: a prompt's tokens follow, which are not cached yet."""
+        self._tokens.extend(int(token) for token in tokens)
+
+    def append_canvas(self, tokens: np.ndarray) -> None:
+        """For turns: a committed canvas follows."""
+        self._tokens.extend(tokens.tolist())
+        self._canvases += 1
 
     def truncate(self, length: int) -> None:
         """Forget the tokens behind the first `length`, for instance padding before a next turn.
@@ -227,9 +296,8 @@ class Session:
 
     def room(self, prompt_tokens: int = 0) -> int:
         """New tokens, in whole canvases, that fit behind a prompt of so many tokens."""
-        info = self.model.info
-        free = info.maximum_context - len(self._tokens) - prompt_tokens
-        return max(0, free // info.canvas_length) * info.canvas_length
+        free = self.info.maximum_context - self.length - prompt_tokens
+        return max(0, free // self.info.canvas_length) * self.info.canvas_length
 
     def generate(
         self,
@@ -252,30 +320,32 @@ class Session:
         anything runs, for ids out of the vocabulary and for what does not fit in the context.
         """
         settings = settings or self.settings
-        prompt = [int(token) for token in prompt]
-        canvas_count = self._check(prompt, max_new_tokens, seed)
-        before = len(self._tokens), self._canvases
-        self._tokens.extend(prompt)
+        if force_steps is not None:
+            settings = self.settings_of_forced(settings, force_steps)
+        canvas_count = self.check(prompt, max_new_tokens, seed)
+        before, canvases = self.length, self._canvases
+        self.append(prompt)
         try:
             turn = self.turn_class(
-                self, seed, settings, force_steps, on_event or _ignore, cancel or _never
-            )
-            return turn.run(len(prompt), canvas_count)
+                self, seed, settings, canvas_count, force_steps, on_event or _ignore,
+                cancel or _never,
+            )  # fmt: skip
+            return turn.run(len(prompt))
         except BaseException:
-            self.truncate(before[0])
-            self._canvases = before[1]
+            self.truncate(before)
+            self._canvases = canvases
             raise
 
-    def _check(self, prompt: list[int], max_new_tokens: int, seed: int) -> int:
-        """Returns the number of canvases."""
-        info = self.model.info
+    def check(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> int:
+        """The number of canvases of such a call of `generate`; raises InputError as it does."""
+        info = self.info
         for position, token in enumerate(prompt):
             if not 0 <= token < info.vocabulary_size:
                 raise InputError(
                     f"token {position} of the prompt has id {token}, the vocabulary ends at "
                     f"{info.vocabulary_size - 1}; use the tokenizer that belongs to the model"
                 )
-        if not prompt and not self._tokens:
+        if not len(prompt) and not self.length:
             raise InputError("the prompt is empty; give at least one token")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; give at least 1")
@@ -283,151 +353,45 @@ class Session:
             raise InputError(f"the seed is {seed}; give an integer from 0 to 2**64 - 1")
         room = self.room(len(prompt))
         if room == 0:
-            held = f" after {len(self._tokens)} of earlier turns" if self._tokens else ""
+            held = f" after {self.length} of earlier turns" if self.length else ""
             raise InputError(
                 f"the prompt has {len(prompt)} tokens{held}, and with a canvas of "
                 f"{info.canvas_length} it exceeds the context of {info.maximum_context}; shorten "
                 "it, or export with a larger --maximum-context"
             )
+        known = self.length + len(prompt)
         if max_new_tokens > room:
             raise InputError(
                 f"{max_new_tokens} new tokens were asked for, and only {room} fit in the context "
-                f"of {info.maximum_context} after {len(self._tokens) + len(prompt)} tokens; "
+                f"of {info.maximum_context} after {known} tokens; "
                 "ask for fewer, or export with a larger --maximum-context"
             )
-        return self._canvas_count(len(self._tokens) + len(prompt), max_new_tokens)
+        return self.canvas_count(known, max_new_tokens)
 
-    def _canvas_count(self, known: int, max_new_tokens: int) -> int:
+    # --- what a style may state otherwise
+
+    def canvas_count(self, known: int, max_new_tokens: int) -> int:
         """Canvases for so many new tokens behind `known` ones."""
-        return -(-max_new_tokens // self.model.info.canvas_length)
+        return -(-max_new_tokens // self.info.canvas_length)
 
+    def settings_of_forced(self, settings: Any, steps: int) -> Any:
+        """The settings that run exactly `steps` steps a canvas; InputError for less than one."""
+        if steps < 1:
+            raise InputError(f"force_steps is {steps}; give at least 1")
+        return settings
 
-class Cancelled(Exception):
-    """Raised inside a turn when the caller wants no more; `Turn.run` ends with what there is."""
+    def target_length(self, answer_tokens: int) -> int:
+        """Positions of a target for `denoising_loss` of such an answer, in whole canvases."""
+        return self.canvas_count(0, answer_tokens) * self.info.canvas_length
 
+    def denoising_loss(self, prompt: Sequence[int], target: np.ndarray, seed: int) -> float | None:
+        """Minus the mean log probability (nats) of `target` `[T]` int64 from a corrupted one.
 
-class Turn:
-    """The work and the clock of one `generate` call; a style adds `encode` and `denoise_canvas`."""
-
-    def __init__(
-        self,
-        session: Session,
-        seed: int,
-        settings: Any,
-        force_steps: int | None,
-        on_event: Callable[[Event], None],
-        cancel: Callable[[], bool],
-    ) -> None:
-        self.session = session
-        self.model = session.model
-        self.info = session.info
-        self.seed = seed
-        self.settings = settings
-        self.can_set = frozenset(vars(settings))
-        self.force_steps = force_steps
-        self.listener = on_event
-        self.cancel = cancel
-        self.began = time.perf_counter()
-        self.prompt_ms = 0.0
-        self.encode_ms = 0.0
-        self.first_draft_ms: float | None = None
-        self.first_commit_ms: float | None = None
-
-    def encode(self) -> None:
-        """Bring what is committed into the KV cache, as far as the next canvas needs it."""
-        raise NotImplementedError
-
-    def denoise_canvas(self, is_final: bool) -> tuple[CanvasResult, bool]:
-        """Make and `commit` one canvas behind the cached tokens; also whether the text ended.
-
-        is_final: no further canvas was asked for.
+        None for a style whose noise has no such loss. Whatever a session of the model has cached
+        is overwritten.
         """
-        raise NotImplementedError
-
-    def run(self, prompt_tokens: int, canvas_count: int) -> GenerationResult:
-        """Encode and denoise, canvas by canvas, until the end or `canvas_count`."""
-        canvases: list[CanvasResult] = []
-        reason: FinishReason = "length"
-        try:
-            for remaining in reversed(range(canvas_count)):
-                self.encode()
-                canvas, has_ended = self.denoise_canvas(remaining == 0)
-                canvases.append(canvas)
-                if has_ended:
-                    reason = "eos"
-                    break
-        except Cancelled:
-            reason = "cancelled"
-        return GenerationResult(
-            prompt_tokens=prompt_tokens,
-            canvases=tuple(canvases),
-            finish_reason=reason,
-            special_tokens=self.session.special_tokens,
-            prompt_ms=self.prompt_ms,
-            encode_ms=self.encode_ms,
-            total_ms=ms_since(self.began),
-            first_draft_ms=self.first_draft_ms,
-            first_commit_ms=self.first_commit_ms,
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-
-    def on_event(self, event: Event) -> None:
-        """Tell the caller; the time that takes does not count."""
-        began = time.perf_counter()
-        self.listener(event)
-        # Whoever watches takes time that is not the model's: move the beginning.
-        self.began += time.perf_counter() - began
-
-    def encoded(self, tokens: int, done: int, total: int, ms: float) -> None:
-        """`tokens` more are in the KV cache: `done` of `total`, the last ones in `ms`."""
-        self.session._cached += tokens
-        if self.first_commit_ms is None:
-            self.prompt_ms += ms
-        else:
-            self.encode_ms += ms
-        self.on_event(PromptEncoded(done, total, ms))
-
-    def drafted(self) -> None:
-        """A denoising step is done."""
-        if self.first_draft_ms is None:
-            self.first_draft_ms = ms_since(self.began)
-
-    def commit(
-        self, tokens: np.ndarray, steps: Sequence[StepStats], *, converged: bool, is_last: bool
-    ) -> CanvasResult:
-        """Append `tokens` to the session as its next canvas, and tell."""
-        session = self.session
-        index = session._canvases
-        session._tokens.extend(tokens.tolist())
-        session._canvases += 1
-        if self.first_commit_ms is None:
-            self.first_commit_ms = ms_since(self.began)
-        self.on_event(CanvasCommitted(index, tokens, len(steps), is_last))
-        return CanvasResult(index, tuple(tokens.tolist()), tuple(steps), converged)
-
-    def padded(self, tokens: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Pad behind the first end token, if there is one and a padding token; is there one?"""
-        special = self.session.special_tokens
-        ends = np.flatnonzero(np.isin(tokens, special.eos))
-        committed = tokens.copy()
-        if ends.size and special.pad is not None:
-            committed[ends[0] + 1 :] = special.pad
-        return committed, bool(ends.size)
-
-    def stop_if_cancelled(self) -> None:
-        """To be called before every run of the model."""
-        if self.cancel():
-            raise Cancelled
+        return None
 
 
-def ms_since(began: float) -> float:
-    """Milliseconds since `began` of time.perf_counter."""
+def _ms_since(began: float) -> float:
     return 1000 * (time.perf_counter() - began)
-
-
-def _ignore(event: Event) -> None:
-    pass
-
-
-def _never() -> bool:
-    return False

@@ -45,11 +45,11 @@ def measure(folder: Path, threads: int | None) -> dict[str, Any]:
     """Everything; a minute or less."""
     described = json.loads((folder / PROGRAMS_FILE).read_text(encoding="utf-8"))
     flash = flash_read_mb_s([folder / entry["file"] for entry in described.values()])
-    from export.host import runtime
+    from export.host.executorch_1_5_1 import Bindings
 
     # What the runner has loaded before it loads a bundle.
     import_all()
-    executorch = runtime._load_executorch(threads)
+    executorch = Bindings(threads)
     # A first run brings in pages of the libraries that loading alone does not.
     call = _Program(executorch, folder / described["call"]["file"], described["call"])
     call.time(1)
@@ -74,7 +74,7 @@ def measure(folder: Path, threads: int | None) -> dict[str, Any]:
     scores = _softmax_scores(described)
     softmax_s = programs["attention"].seconds(SIMPLE_ROWS) - programs["fp32"].seconds(SIMPLE_ROWS)
     return {
-        "threads": executorch._threadpool_get_thread_count(),
+        "threads": executorch.threads,
         "rates": rates,
         "memory_gb_s": 1e-9 * described["bandwidth"]["bytes"] / programs["bandwidth"].seconds(1),
         "simple_gvalues_s": 1e-9 * simple / max(simple_s - call_s, 1e-9),
@@ -120,9 +120,7 @@ class _Program:
         from export.host.process import captured_stderr
 
         with captured_stderr():
-            self._program = executorch._load_program(
-                str(path), program_verification=executorch.Verification.InternalConsistency
-            )
+            self._program = executorch.load_program(str(path))
             self._method = self._program.load_method("forward")
         self._inputs = described["inputs"]
         self._operations = described["operations_per_row"]

@@ -282,8 +282,8 @@ def save_model(folder: Path, kind: Kind, model: Any) -> None:
 
 def evaluate(folder: Path, count: int) -> dict[str, str]:
     """Exact match on held-out puzzles by this project's own loop, run eagerly."""
+    from export.host.eager import eager_engine
     from export.host.evaluation import evaluate as measure
-    from export.host.runtime import open_eager_session
     from export.host.tokenizer import TextTokenizer, tokenizer_files
     from export.models import stage_model
     from quantize.checkpoint import open_checkpoint
@@ -297,7 +297,7 @@ def evaluate(folder: Path, count: int) -> dict[str, str]:
         special_tokens=staged.special_tokens,
     )
     puzzles = [puzzle for kind in KINDS for puzzle in generate(kind, count, 7, "held_out")]
-    tallies = measure(open_eager_session(staged), tokenizer, puzzles)
+    tallies = measure(eager_engine(staged), tokenizer, puzzles)
     return {tally.kind: f"{tally.correct}/{tally.count}" for tally in tallies}
 
 

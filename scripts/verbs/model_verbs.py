@@ -28,7 +28,7 @@ from scripts.console import (
 
 if TYPE_CHECKING:
     from export.contract.bundle import Bundle, Manifest
-    from export.host.session import GenerationResult
+    from export.host.generation import GenerationResult
     from export.host.streaming.mapped_weights import MemoryOptions
     from quantize.recipe import Recipe
 
@@ -374,11 +374,12 @@ def generate(
     tokenizer = open_tokenizer(bundle)
     tokens = tokenizer.encode_prompt(prompt)
     with reporting("loading the programs"):
-        from export.host.runtime import open_session
+        from export.host.bundle_engine import open_engine
 
         memory = _memory_options(budget_bytes, packed_weights)
-        session = open_session(bundle, threads, memory=memory)
-    settings = session.settings_with(wanted)
+        engine = open_engine(bundle, threads, memory=memory)
+    session = engine.session()
+    settings = engine.settings_with(wanted)
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, session.room(len(tokens))) or 1
 
@@ -392,7 +393,7 @@ def generate(
         view = LiveCanvas(console, tokenizer.token_texts, padding)
     else:
         view = PlainSteps(err_console())
-    mapped = session.model.weights
+    mapped = engine.weights
     before = None if mapped is None else mapped.report()
     with view:
         result = session.generate(
@@ -521,9 +522,9 @@ def evaluate(
     document: list[dict[str, Any]] = []
     for subject in subjects:
         with reporting(f"evaluating {subject}") as progress:
-            session = None  # one at a time has its weights mapped
-            kind, session, tokenizer = _open_subject(subject, threads, memory)
-            tallies = measure(session, tokenizer, tasks, seed=seed, progress=progress)
+            engine = None  # one at a time has its weights mapped
+            kind, engine, tokenizer = _open_subject(subject, threads, memory)
+            tallies = measure(engine, tokenizer, tasks, seed=seed, progress=progress)
         rows = [
             asdict(tally) | {"exact_match": tally.exact_match, "interval_95": list(tally.interval)}
             for tally in tallies
@@ -556,16 +557,16 @@ def evaluate(
 def _open_subject(
     folder: Path, threads: int | None, memory: MemoryOptions | None
 ) -> tuple[str, Any, Any]:
-    """How it is run, a session and a tokenizer, for a bundle or a checkpoint folder."""
+    """How it is run, an engine and a tokenizer, for a bundle or a checkpoint folder."""
     from export.contract.bundle import MANIFEST_FILE, open_bundle
     from export.host.tokenizer import TextTokenizer, open_tokenizer, tokenizer_files
 
     if (folder / MANIFEST_FILE).is_file():
         bundle = open_bundle(folder)
-        from export.host.runtime import open_session
+        from export.host.bundle_engine import open_engine
 
         kind = "fp32 bundle" if bundle.manifest.recipe is None else "int4 bundle"
-        return kind, open_session(bundle, threads, memory=memory), open_tokenizer(bundle)
+        return kind, open_engine(bundle, threads, memory=memory), open_tokenizer(bundle)
     from export.models import stage_model
     from quantize.checkpoint import open_checkpoint
 
@@ -575,7 +576,7 @@ def _open_subject(
         raise InputError(f"{folder} has no tokenizer.json; put the model's there")
     import torch
 
-    from export.host.runtime import open_eager_session
+    from export.host.eager import eager_engine
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -587,4 +588,4 @@ def _open_subject(
         special_tokens=staged.special_tokens,
     )
     kind = "int4 eager" if checkpoint.is_quantized else "fp32 eager"
-    return kind, open_eager_session(staged), tokenizer
+    return kind, eager_engine(staged), tokenizer

@@ -17,7 +17,8 @@ import torch
 
 from export.contract.bundle import Bundle
 from export.exporter import export_bundle
-from export.host.runtime import open_eager_session, open_session
+from export.host.bundle_engine import open_engine
+from export.host.eager import eager_engine
 from export.models import gemma4_stages, stage_model
 from export.models.staging import StagedModel
 from quantize.checkpoint import open_checkpoint
@@ -98,8 +99,8 @@ def test_gemma4_in_int4_gives_the_eager_tokens_with_its_prompt_in_chunks(gemma4:
     assert decoding is not None and decoding.prefill_length == PREFILL < PROMPT
     whole = gemma4.eager()
     assert whole.decoding is not None and whole.decoding.prefill_length == CONTEXT
-    expected = open_eager_session(whole).generate(prompt_of(), NEW_TOKENS).tokens
-    found = open_session(gemma4.bundle).generate(prompt_of(), NEW_TOKENS).tokens
+    expected = eager_engine(whole).session().generate(prompt_of(), NEW_TOKENS).tokens
+    found = open_engine(gemma4.bundle).session().generate(prompt_of(), NEW_TOKENS).tokens
     assert found == expected and len(set(found)) > 3
 
 
@@ -107,7 +108,8 @@ def test_hrm_text_in_int4_gives_the_eager_tokens_over_two_turns(hrm_text: Made) 
     """The first prompt is bidirectional and so comes whole; the second is causal, over a cache."""
     decoding = hrm_text.bundle.manifest.decoding
     assert decoding is not None and decoding.bidirectional_prompt
-    eager, lowered = open_eager_session(hrm_text.eager()), open_session(hrm_text.bundle)
+    engines = eager_engine(hrm_text.eager()), open_engine(hrm_text.bundle)
+    eager, lowered = (engine.session() for engine in engines)
     for length in (PROMPT, 5):
         expected = eager.generate(prompt_of(length), NEW_TOKENS).tokens
         assert lowered.generate(prompt_of(length), NEW_TOKENS).tokens == expected
@@ -130,13 +132,13 @@ GROWTH_WHEN_A_BUNDLE_IS_LOADED_AND_RUN = """
 import json, sys
 from export.contract.bundle import open_bundle
 from export.host.process import peak_rss_bytes
-from export.host.runtime import open_session
+from export.host.bundle_engine import open_engine
 
-session = open_session(open_bundle(sys.argv[1]), threads=1)  # everything is imported
+session = open_engine(open_bundle(sys.argv[1]), threads=1).session()  # everything is imported
 session.generate([1, 2, 3], 1)
 del session
 before = peak_rss_bytes()
-session = open_session(open_bundle(sys.argv[2]), threads=1)
+session = open_engine(open_bundle(sys.argv[2]), threads=1).session()
 tokens = session.generate([1, 2, 3], 2).tokens
 print(json.dumps({"bytes": peak_rss_bytes() - before, "tokens": tokens}))
 """

@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from export.contract.bundle import open_bundle
-from export.host.runtime import open_session
+from export.host.bundle_engine import open_engine
 from quantize.errors import InputError
 from scripts.console import Reporter, byte_count
 from scripts.live_canvas import LiveCanvas
@@ -130,7 +130,7 @@ def test_generate_gives_programs_one_compact_document_with_the_tokens_of_the_run
     out, err = capfd.readouterr()
     assert out.count("\n") == 1 and ": " not in out and err == ""
     document = json.loads(out)
-    session = open_session(open_bundle(toy_bundle), 1)
+    session = open_engine(open_bundle(toy_bundle), 1).session()
     prompt = [2, *(ord(c) - ord("a") + 3 for c in "hello")]
     expected = session.generate(prompt, 7, 3)
     assert document["tokens"] == list(expected.tokens) and len(expected.tokens) == 12
@@ -167,7 +167,7 @@ def test_new_tokens_default_to_what_the_context_has_room_for(
 def test_the_live_canvas_shows_accepted_positions_bold_and_noise_dim(toy_bundle: Path) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100, color_system="standard")
-    session = open_session(open_bundle(toy_bundle), 1)
+    session = open_engine(open_bundle(toy_bundle), 1).session()
     accepted: list[int] = []
 
     def texts(tokens: Any) -> list[str]:

@@ -17,7 +17,12 @@ from export.contract.bundle import (
     Stage,
     TensorSpec,
 )
+from export.contract.styles.base import LAYERS_OUTPUTS
 from export.contract.styles.uniform_diffusion import UniformDiffusion
+from export.host.eager import eager_stage
+from export.host.loops.uniform_diffusion import UniformDiffusionModel
+from export.host.stages import LoadedStages
+from export.models.staging import StageModule
 
 INFO = ModelInfo(
     family="toy",
@@ -111,6 +116,17 @@ class ToyHead(nn.Module):
             target_log_prob.unsqueeze(0),
             signal.unsqueeze(0),
         )
+
+
+def eager_model(layers: nn.Module, head: nn.Module, info: ModelInfo) -> UniformDiffusionModel:
+    """Modules with the stages' signatures, run by PyTorch, as the loop calls them."""
+    style = UniformDiffusion
+    stages = (
+        StageModule("layers", "layers", layers, (), style.layers_inputs, LAYERS_OUTPUTS),
+        StageModule("head", "head", head, (), style.head_inputs, style.head_outputs),
+    )
+    first, last = map(eager_stage, stages)
+    return UniformDiffusionModel(LoadedStages(info, [first], last))
 
 
 def specs(names: tuple[str, ...], info: ModelInfo = INFO) -> tuple[TensorSpec, ...]:

@@ -43,9 +43,9 @@ from export.contract.bundle import (
     open_bundle,
     write_bundle,
 )
+from export.host.bundle_engine import open_engine
 from export.host.evaluation import evaluate
 from export.host.puzzles import held_out
-from export.host.runtime import open_session
 from export.host.tokenizer import open_tokenizer
 from quantize.errors import InputError, OutputError
 from tests.conftest import DEMO_MODEL
@@ -205,7 +205,7 @@ def test_the_device_and_evaluate_say_the_same_of_a_bundle(
     bench(transport, demo_bundle, deployment, LinuxRunner(), plan, tmp_path / "r.jsonl")
     (record,) = records.read(tmp_path / "r.jsonl")
     tallies = evaluate(
-        open_session(demo_bundle, 1), open_tokenizer(demo_bundle), held_out(4, 3), seed=3
+        open_engine(demo_bundle, 1), open_tokenizer(demo_bundle), held_out(4, 3), seed=3
     )
     for tally in tallies:
         name = "exact_match" if tally.kind == "all" else f"exact_match_{tally.kind}"

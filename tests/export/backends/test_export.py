@@ -17,11 +17,12 @@ from export.backends.xnnpack.lowering import QUANTIZED_LINEAR
 from export.contract.bundle import Bundle, open_bundle
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.exporter import export_bundle
+from export.host.bundle_engine import open_engine
+from export.host.eager import eager_engine
+from export.host.generation import CanvasDenoised
+from export.host.loops.uniform_diffusion import UniformDiffusionSession
 from export.host.puzzles import KINDS, generate
-from export.host.runtime import BundleModel, EagerModel
-from export.host.session import CanvasDenoised
 from export.host.tokenizer import open_tokenizer
-from export.host.uniform_diffusion import UniformDiffusionSession
 from export.models import stage_model
 from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import open_checkpoint
@@ -39,7 +40,7 @@ FP32_TOLERANCE = 1e-4
 def layer_errors(bundle: Bundle, staged: StagedModel) -> torch.Tensor:
     """|program - eager| of the hidden states over encode, denoise, commit; NaN would show."""
     torch.manual_seed(0)
-    eager, program = EagerModel.from_stages(staged), BundleModel(bundle)
+    eager, program = eager_engine(staged).model, open_engine(bundle).model
     info = staged.info
     canvas = info.canvas_length
     errors = []
@@ -96,7 +97,7 @@ def test_int4_embedding_program_equals_the_eager_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_head_program_equals_the_eager_head(demo_bundle: Bundle, demo_int4: Path) -> None:
     staged = stage_model(open_checkpoint(demo_int4))
-    eager, program = EagerModel.from_stages(staged), BundleModel(demo_bundle)
+    eager, program = eager_engine(staged).model, open_engine(demo_bundle).model
     info = staged.info
     torch.manual_seed(1)
     tokens = torch.randint(0, info.vocabulary_size, (3, 1, info.canvas_length))
@@ -125,7 +126,7 @@ def test_bundle_generates_the_tokens_of_the_eager_int4_model(
     staged = stage_model(open_checkpoint(demo_int4))
     tokenizer = open_tokenizer(demo_bundle)
     settings = UniformDiffusionSettings(**staged.sampler.settings)
-    models = {"eager": EagerModel.from_stages(staged), "bundle": BundleModel(demo_bundle)}
+    models = {"eager": eager_engine(staged).model, "bundle": open_engine(demo_bundle).model}
     same_answers = total = 0
     for kind in KINDS:
         for seed, puzzle in enumerate(generate(kind, 5, seed=3, split="held_out")):

@@ -17,8 +17,9 @@ from export.backends.xnnpack.instantiation import Place, Template, make_template
 from export.contract.bundle import Bundle, open_bundle
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.exporter import export_bundle
+from export.host.bundle_engine import open_engine
+from export.host.eager import eager_engine, eager_stages
 from export.host.program_file import read_program_layout
-from export.host.runtime import EagerModel, eager_stages, open_session
 from export.models import stage_model
 from export.models.staging import StageModule
 from export.models.weights import RandomWeights
@@ -146,7 +147,7 @@ def test_a_cut_bundle_generates_the_tokens_of_the_whole_one(
     for seed, prompt in enumerate([[1, 2, 3], list(range(40)), [63] * 17]):
         answers = []
         for bundle in (whole, cut_bundle):
-            session = open_session(bundle)
+            session = open_engine(bundle).session()
             settings = UniformDiffusionSettings(**bundle.manifest.sampler.settings)
             result = session.generate(prompt, max_new_tokens=32, seed=seed, settings=settings)
             answers.append(list(result.tokens))
@@ -156,7 +157,7 @@ def test_a_cut_bundle_generates_the_tokens_of_the_whole_one(
 
 def test_cut_layers_compute_what_the_whole_model_does(folders: dict[str, Path]) -> None:
     checkpoint = open_checkpoint(folders["int4"])
-    whole = EagerModel.from_stages(stage_model(checkpoint, maximum_context=CONTEXT))
+    whole = eager_engine(stage_model(checkpoint, maximum_context=CONTEXT)).model
     torch.manual_seed(0)
     calls = [
         (
@@ -169,9 +170,9 @@ def test_cut_layers_compute_what_the_whole_model_does(folders: dict[str, Path]) 
     ]
     expected = [whole.run_layers(*call) for call in calls]
     for count in (1, 2, 5):
-        cut = EagerModel.from_stages(
+        cut = eager_engine(
             stage_model(checkpoint, maximum_context=CONTEXT, layers_per_stage=count)
-        )
+        ).model
         for call, hidden in zip(calls, expected, strict=True):
             assert torch.equal(cut.run_layers(*call), hidden)
 

@@ -19,14 +19,10 @@ from torch import Tensor, nn
 from export.contract import philox
 from export.contract.bundle import Bundle, Call, SpecialTokens, Stage
 from export.contract.styles.autoregressive import Autoregressive, AutoregressiveSettings
-from export.host.autoregressive import AutoregressiveSession
-from export.host.runtime import (
-    AutoregressiveTensors,
-    eager_stages,
-    open_eager_session,
-    open_session,
-)
-from export.host.session import CanvasCommitted, CanvasDenoised, Event, PromptEncoded
+from export.host.bundle_engine import open_engine
+from export.host.eager import eager_engine, eager_stages
+from export.host.generation import CanvasCommitted, CanvasDenoised, Event, PromptEncoded
+from export.host.loops.autoregressive import AutoregressiveModel, AutoregressiveSession
 from export.models import stage_model
 from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import open_checkpoint
@@ -45,7 +41,7 @@ from tests.support.tiny_decoder import (
 )
 
 
-class Counted(AutoregressiveTensors):
+class Counted(AutoregressiveModel):
     """Notes the calls of the layers: start, rows, block length."""
 
     def __init__(self, model: StagedModel) -> None:
@@ -71,7 +67,9 @@ def session(
     seed: int = 0, settings: AutoregressiveSettings | None = None, **options: Any
 ) -> AutoregressiveSession:
     model = staged(weights(seed), "autoregressive", **options)
-    return AutoregressiveSession(Counted(model), model.special_tokens, settings)
+    return AutoregressiveSession(
+        Counted(model), model.special_tokens, settings or AutoregressiveSettings()
+    )
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -134,7 +132,7 @@ def test_checkpoints_give_the_tokens_of_transformers_generate(
     model_type: str, tmp_path: Path
 ) -> None:
     reference = dense_checkpoints.write(tmp_path / "hf", model_type)
-    ours = open_eager_session(stage_model(open_checkpoint(tmp_path / "hf"), maximum_context=96))
+    ours = eager_engine(stage_model(open_checkpoint(tmp_path / "hf"), maximum_context=96)).session()
     prompt = torch.randint(0, 80, (1, 40), generator=torch.Generator().manual_seed(0))
     expected = reference.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=32,
@@ -294,7 +292,7 @@ def test_lengths_that_do_not_go_together_are_refused() -> None:
         ({"shift": 0}, "a token shift of 0, expected 1"),
     ):
         with pytest.raises(BundleError, match=says):
-            open_eager_session(staged(weights(), "autoregressive", **options))
+            eager_engine(staged(weights(), "autoregressive", **options))
 
 
 # --- a stage that runs several times in a pass --------------------------------------------------
@@ -373,14 +371,14 @@ def plain_scheduled(prompt: list[int], count: int) -> list[int]:
 
 def test_a_schedule_runs_one_stage_several_times() -> None:
     prompt = prompt_of(19)
-    found = open_eager_session(scheduled()).generate(prompt, 16, force_steps=1)
+    found = eager_engine(scheduled()).session().generate(prompt, 16, force_steps=1)
     assert list(found.tokens) == plain_scheduled(prompt, 16)
 
 
 @pytest.mark.slow
 def test_a_bundle_with_a_schedule_gives_the_tokens_of_the_eager_model(tmp_path: Path) -> None:
     bundle = lowered_bundle(scheduled(), tmp_path)
-    ours = open_session(bundle, threads=1)
+    ours = open_engine(bundle, threads=1).session()
     for length in (19, 1):
         ours.truncate(0)
         found = ours.generate(prompt_of(length), 16, force_steps=1)
@@ -392,7 +390,7 @@ def test_a_bundle_gives_the_tokens_of_a_full_recomputation(tmp_path: Path) -> No
     bundle = lowered_bundle(
         staged(weights(), "autoregressive", prefill_length=8, bidirectional_prompt=True), tmp_path
     )
-    found = open_session(bundle, threads=1).generate(prompt_of(7), 20)
+    found = open_engine(bundle, threads=1).session().generate(prompt_of(7), 20)
     assert list(found.tokens) == plain(prompt_of(7), 20, prefix=7)
 
 
@@ -425,7 +423,7 @@ def test_a_schedule_that_cannot_run_is_refused(case: str, tmp_path: Path) -> Non
     calls = tuple(changes.get(i, call) for i, call in enumerate(bundle.manifest.schedule))
     changed = replace(bundle, manifest=replace(bundle.manifest, schedule=calls))
     with pytest.raises(BundleError, match=says) as caught:
-        open_session(changed)
+        open_engine(changed)
     assert "\n" not in str(caught.value)
 
 
@@ -439,4 +437,4 @@ def test_the_stages_are_those_of_the_heads(tmp_path: Path) -> None:
     other: Stage = replace(head, outputs=head.outputs[:-1])
     manifest = replace(bundle.manifest, stages=(layers, other))
     with pytest.raises(BundleError, match="does not understand"):
-        open_session(replace(bundle, manifest=manifest))
+        open_engine(replace(bundle, manifest=manifest))

@@ -11,10 +11,11 @@ from scipy import stats
 
 from export.contract.bundle import ModelInfo, SpecialTokens
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
-from export.host.evaluation import corrupt, evaluate, target_canvas, wilson_interval
+from export.host.engine import Engine
+from export.host.evaluation import Tally, evaluate, target_canvas
+from export.host.loops.uniform_diffusion import HeadOutput, UniformDiffusionSession, corrupt
 from export.host.puzzles import Puzzle, generate
 from export.host.tokenizer import TextTokenizer
-from export.host.uniform_diffusion import HeadOutput, UniformDiffusionSession
 from quantize.errors import InputError
 
 DEMO = Path(__file__).parents[3] / "scripts" / "demo_model"
@@ -66,22 +67,25 @@ class Oracle:
         )
 
 
-def session_that_answers(
-    tokenizer: TextTokenizer, puzzles: list[Puzzle], wrong: set[str]
-) -> UniformDiffusionSession:
-    session = UniformDiffusionSession(Oracle({}), SPECIAL, UniformDiffusionSettings(max_steps=1))
+def engine_of(oracle: Oracle) -> Engine:
+    settings = UniformDiffusionSettings(max_steps=1)
+    return Engine(UniformDiffusionSession, oracle, SPECIAL, settings)
+
+
+def engine_that_answers(tokenizer: TextTokenizer, puzzles: list[Puzzle], wrong: set[str]) -> Engine:
+    engine = engine_of(Oracle({}))
     for puzzle in puzzles:
-        canvas = target_canvas(session, tokenizer, puzzle)
+        canvas = target_canvas(engine.session(), tokenizer, puzzle)
         if puzzle.kind in wrong:
             canvas[0] = tokenizer.encode("9" if puzzle.answer[0] != "9" else "8")[0]
-        session.model.answers[tuple(tokenizer.encode_prompt(puzzle.prompt))] = canvas
-    return session
+        engine.model.answers[tuple(tokenizer.encode_prompt(puzzle.prompt))] = canvas
+    return engine
 
 
 def test_right_and_wrong_answers_are_counted_by_kind(tokenizer: TextTokenizer) -> None:
     puzzles = [p for kind in ("add", "sort") for p in generate(kind, 5, 0, "held_out")]
-    session = session_that_answers(tokenizer, puzzles, wrong={"sort"})
-    add, sort, every = evaluate(session, tokenizer, puzzles)
+    engine = engine_that_answers(tokenizer, puzzles, wrong={"sort"})
+    add, sort, every = evaluate(engine, tokenizer, puzzles)
     assert (add.kind, add.correct, add.count, add.exact_match) == ("add", 5, 5, 1.0)
     assert (sort.kind, sort.correct, sort.count) == ("sort", 0, 5)
     assert (every.kind, every.correct, every.count) == ("all", 5, 10)
@@ -94,14 +98,14 @@ def test_every_model_is_scored_on_the_same_corrupted_canvases(tokenizer: TextTok
     puzzles = generate("add", 4, 0, "held_out")
     seen = []
     for wrong in (set(), {"add"}):
-        session = session_that_answers(tokenizer, puzzles, wrong)
-        evaluate(session, tokenizer, puzzles, seed=9)
-        seen.append(np.stack(session.model.scored))
+        engine = engine_that_answers(tokenizer, puzzles, wrong)
+        evaluate(engine, tokenizer, puzzles, seed=9)
+        seen.append(np.stack(engine.model.scored))
     assert seen[0].shape == (4, 20) and np.array_equal(*seen)
 
 
 def test_the_target_canvas_is_the_answer_its_end_and_padding(tokenizer: TextTokenizer) -> None:
-    session = UniformDiffusionSession(Oracle({}), SPECIAL)
+    session = engine_of(Oracle({})).session()
     canvas = target_canvas(session, tokenizer, Puzzle("add", "add 1+1", "00002"))
     assert tokenizer.decode(canvas[:5]) == "00002"
     assert canvas[5:].tolist() == [5] + [0] * 14
@@ -123,11 +127,16 @@ def test_corruption_has_every_level_and_only_tokens_of_the_vocabulary() -> None:
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 10), (10, 10), (97, 100), (1, 1)])
 def test_the_interval_is_wilsons(correct: int, count: int) -> None:
-    expected = stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(correct, count) == pytest.approx((expected.low, expected.high))
+    """Its ends are the shares that the one seen is 1.96 standard deviations away from."""
+    tally = Tally("add", correct, count, None, 1.0)
+    low, high = tally.interval
+    assert 0 <= low <= tally.exact_match <= high <= 1 and low < high
+    for end in (low, high):
+        deviations = 1.959964 * (end * (1 - end) / count) ** 0.5
+        assert abs(tally.exact_match - end) == pytest.approx(deviations, abs=1e-6)
 
 
 @pytest.mark.parametrize(("correct", "count"), [(1, 0), (-1, 3), (4, 3)])
 def test_a_share_that_cannot_be_has_no_interval(correct: int, count: int) -> None:
-    with pytest.raises(ValueError, match="no share"):
-        wilson_interval(correct, count)
+    with pytest.raises(ValueError):
+        _ = Tally("add", correct, count, None, 1.0).interval

@@ -17,11 +17,11 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from export.contract import philox
 from export.contract.bundle import SpecialTokens
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
+from export.host.eager import eager_engine
+from export.host.generation import CanvasDenoised
+from export.host.loops.uniform_diffusion import UniformDiffusionSession
 from export.host.puzzles import generate
-from export.host.runtime import EagerModel
-from export.host.session import CanvasDenoised
 from export.host.tokenizer import TextTokenizer, tokenizer_files
-from export.host.uniform_diffusion import UniformDiffusionSession
 from export.models import stage_model
 from quantize.checkpoint import open_checkpoint
 from tests.conftest import DEMO_MODEL
@@ -86,7 +86,7 @@ def open_session(
 ) -> UniformDiffusionSession:
     """Our eager model of the same checkpoint."""
     staged = stage_model(open_checkpoint(folder), maximum_context=context)
-    return UniformDiffusionSession(EagerModel.from_stages(staged), special, settings)
+    return UniformDiffusionSession(eager_engine(staged).model, special, settings)
 
 
 def run_reference(
@@ -170,7 +170,7 @@ def test_trained_model_gives_the_same_answers_over_two_turns(
     staged = stage_model(checkpoint)
     special, info = staged.special_tokens, staged.info
     settings = UniformDiffusionSettings(**staged.sampler.settings)
-    model = EagerModel.from_stages(staged)
+    model = eager_engine(staged).model
     files = tokenizer_files(DEMO_MODEL)
     tokenizer = TextTokenizer(
         files.file,

@@ -18,19 +18,20 @@ import torch
 from export.contract.bundle import Bundle, SpecialTokens, Stage, TensorSpec
 from export.contract.styles.masked_diffusion import MaskedDiffusion, MaskedDiffusionSettings
 from export.heads.samplers import masked
-from export.host.masked_diffusion import MaskedDiffusionSession, split_evenly, spread_evenly
-from export.host.runtime import (
-    MaskedDiffusionTensors,
-    eager_stages,
-    open_eager_session,
-    open_session,
-)
-from export.host.session import (
+from export.host.bundle_engine import open_engine
+from export.host.eager import eager_engine, eager_stages
+from export.host.generation import (
     CanvasCommitted,
     CanvasDenoised,
     CanvasStarted,
     Event,
     PromptEncoded,
+)
+from export.host.loops.masked_diffusion import (
+    MaskedDiffusionModel,
+    MaskedDiffusionSession,
+    split_evenly,
+    spread_evenly,
 )
 from export.models import stage_model
 from export.models.staging import StagedModel
@@ -55,7 +56,7 @@ Session = MaskedDiffusionSession
 Call = tuple[int, int, int]  # start, rows, block length
 
 
-class Counted(MaskedDiffusionTensors):
+class Counted(MaskedDiffusionModel):
     """Notes the calls of the layers and the rows of the head."""
 
     def __init__(self, model: StagedModel) -> None:
@@ -216,9 +217,10 @@ def test_public_formats_give_their_samplers_tokens_over_the_model_of_transformer
         with torch.no_grad():
             return plain(tokens[None], attention_mask=mask).logits[0]
 
-    ours = open_eager_session(stage_model(open_checkpoint(tmp_path / "hf"), maximum_context=96))
+    engine = eager_engine(stage_model(open_checkpoint(tmp_path / "hf"), maximum_context=96))
     plainest = {"temperature": 0.0, "top_p": 1.0, "prefix_cache": 0}
-    settings = ours.settings_with({k: v for k, v in plainest.items() if k in ours.can_set})
+    settings = engine.settings_with({k: v for k, v in plainest.items() if k in engine.heeded})
+    ours = engine.session()
     prompt = np.random.default_rng(1).integers(0, 80, 21).tolist()
     ours.special_tokens = NO_END
     found = ours.generate(prompt, answer, settings=settings)
@@ -457,14 +459,14 @@ def test_lengths_that_do_not_go_together_are_refused(case: str) -> None:
     changes, says = DECODING[case]
     options = {"canvas_length": 8, "block_length": 8} | changes
     with pytest.raises(BundleError, match=says):
-        open_eager_session(staged(weights(), "masked_diffusion", **options))
+        eager_engine(staged(weights(), "masked_diffusion", **options))
 
 
 def test_settings_of_a_checkpoint_that_cannot_be_are_refused() -> None:
     model = staged(weights(), "masked_diffusion", canvas_length=8, block_length=8,
                    settings={"order": 7})  # fmt: skip
     with pytest.raises(BundleError, match="order is 7"):
-        open_eager_session(model)
+        eager_engine(model)
 
 
 # --- ExecuTorch ---------------------------------------------------------------------------------
@@ -477,8 +479,9 @@ BLOCKS: dict[str, Any] = {"canvas_length": 8, "block_length": 8, "shift": 1, "pr
 def test_the_bundle_gives_the_tokens_of_the_eager_model(tmp_path: Path) -> None:
     model = staged(weights(8), "masked_diffusion", special=SPECIAL, **BLOCKS)
     bundle = lowered_bundle(model, tmp_path)
-    program, eager = open_session(bundle, threads=1), open_eager_session(model)
-    assert program.model.threads == 1
+    engine, eager = open_engine(bundle, threads=1), eager_engine(model).session()
+    assert engine.threads == 1
+    program = engine.session()
     for number, length in enumerate((29, 2, 0)):
         prompt = prompt_of(length, seed=number)
         found, expected = program.generate(prompt, 8), eager.generate(prompt, 8)
@@ -487,7 +490,7 @@ def test_the_bundle_gives_the_tokens_of_the_eager_model(tmp_path: Path) -> None:
     # A manifest whose lengths are not those of the program.
     longer = _with_stage(bundle, 0, lambda stage: _resized(stage, "tokens", (1, 25)))
     with pytest.raises(BundleError, match=r"layers\.pte has inputs.*bundle.json says"):
-        open_session(longer)
+        open_engine(longer)
 
 
 def test_the_stages_are_those_of_the_heads() -> None:
@@ -535,5 +538,5 @@ def test_stages_that_do_not_fit_the_loop_are_refused(tmp_path: Path) -> None:
         cases.append((replace(bundle, manifest=replace(bundle.manifest, **change)), says))
     for changed, says in cases:
         with pytest.raises(BundleError, match=says) as caught:
-            open_session(changed)
+            open_engine(changed)
         assert "\n" not in str(caught.value)

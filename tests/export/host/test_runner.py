@@ -22,8 +22,8 @@ import pytest
 from export.contract.bundle import Bundle, open_bundle
 from export.contract.runner_protocol import RunRequest, parse_event, parse_result, read_request
 from export.host import memory_sampler
+from export.host.bundle_engine import open_engine
 from export.host.runner import _failure, read_temperatures, run
-from export.host.runtime import open_session
 from export.host.streaming import page_cache
 from export.host.tokenizer import open_tokenizer
 
@@ -104,7 +104,7 @@ def test_tokens_are_those_of_the_library(
     assert run(request) == 0
     events, result = read_back(folder)
     bundle = open_bundle(toy_bundle)
-    session, tokenizer = open_session(bundle, 1), open_tokenizer(bundle)
+    session, tokenizer = open_engine(bundle, 1).session(), open_tokenizer(bundle)
     prompt = tokenizer.encode_prompt("hello")
     settings = type(session.settings)(
         **(bundle.manifest.sampler.settings | {"entropy_bound": 0.2, "max_steps": 7})
@@ -187,7 +187,7 @@ def test_demo_tokens_are_those_of_the_library(folder: Path, demo_bundle: Bundle)
     assert process.wait(TIMEOUT_S) == 0
     _, result = read_back(folder)
     prompt = open_tokenizer(demo_bundle).encode_prompt("3+4=")
-    expected = open_session(demo_bundle, 1).generate(prompt, 40, 5)
+    expected = open_engine(demo_bundle, 1).session().generate(prompt, 40, 5)
     assert tuple(result["tokens"]) == expected.tokens
     assert set(result["delegation"]) == {"layers", "head"}
     assert all(entry["delegated"] > 0 for entry in result["delegation"].values())
@@ -513,11 +513,10 @@ def test_each_of_several_prompts_is_answered_as_if_it_were_alone(
     assert result["tokens"] is None and result["text"] is None and result["total_ms"] is None
     bundle = open_bundle(toy_bundle)
     tokenizer = open_tokenizer(bundle)
-    session = open_session(bundle, 1)
+    engine = open_engine(bundle, 1)
     for number, (text, answer) in enumerate(zip(PROMPTS, result["answers"], strict=True)):
         prompt = tokenizer.encode_prompt(text)
-        alone = type(session)(session.model, session.special_tokens, session.settings)
-        expected = alone.generate(prompt, 12, (2**64 - 2 + number) % 2**64)
+        expected = engine.session().generate(prompt, 12, (2**64 - 2 + number) % 2**64)
         assert tuple(answer["answer_tokens"]) == expected.answer_tokens
         assert answer["text"] == tokenizer.decode(expected.answer_tokens)
         assert answer["steps"] == len(expected.steps)

@@ -14,9 +14,15 @@ import torch
 from export.contract import philox
 from export.contract.bundle import Sampler, Stage, open_bundle, write_bundle
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
-from export.host.runtime import BundleModel, EagerModel, open_session
-from export.host.session import CanvasCommitted, CanvasDenoised, CanvasStarted, Event, PromptEncoded
-from export.host.uniform_diffusion import HeadOutput, UniformDiffusionSession, score
+from export.host.bundle_engine import open_engine
+from export.host.generation import (
+    CanvasCommitted,
+    CanvasDenoised,
+    CanvasStarted,
+    Event,
+    PromptEncoded,
+)
+from export.host.loops.uniform_diffusion import HeadOutput, UniformDiffusionSession, score
 from quantize.errors import BundleError, InputError
 from tests.support import toy_model
 from tests.support.toy_model import INFO, SPECIAL
@@ -27,7 +33,7 @@ PROMPT = [2, 5, 6, 7, 8, 9, 10, 3]
 
 
 def eager_session(**settings: Any) -> UniformDiffusionSession:
-    model = EagerModel(toy_model.ToyLayers(), toy_model.ToyHead(), INFO)
+    model = toy_model.eager_model(toy_model.ToyLayers(), toy_model.ToyHead(), INFO)
     return UniformDiffusionSession(model, SPECIAL, replace(SETTINGS, **settings))
 
 
@@ -367,7 +373,7 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, value: float) -> N
 def test_scoring_gives_the_log_softmax_of_the_uncorrupted_tokens_at_temperature_one() -> None:
     layers, head = toy_model.ToyLayers(), toy_model.ToyHead()
     noisy, targets = [4, 9, 13, 22, 7, 5], [4, 8, 13, 21, 7, 5]
-    found = score(EagerModel(layers, head, INFO), PROMPT, noisy, targets)
+    found = score(toy_model.eager_model(layers, head, INFO), PROMPT, noisy, targets)
     zero = torch.zeros(1, T, INFO.hidden_size)
     hidden = layers(torch.tensor([noisy]), torch.tensor([8]), torch.tensor([1]), zero)
     expected = torch.log_softmax(2.0 * hidden[0] @ head.table.t(), dim=-1)
@@ -385,7 +391,7 @@ def test_scoring_refuses_a_canvas_of_another_length() -> None:
 
 
 def test_the_bundle_gives_the_tokens_of_the_eager_model(toy_bundle: Path) -> None:
-    session = open_session(open_bundle(toy_bundle), threads=1)
+    session = open_engine(open_bundle(toy_bundle), threads=1).session()
     for turn in (PROMPT, [4, 5]):
         found = session.generate(turn, 2 * T if turn is PROMPT else T, seed=3)
         assert len(found.steps) >= 2
@@ -420,8 +426,8 @@ def test_layers_can_be_cut_into_several_stages(
                    toy_model.specs(("hidden",)))  # fmt: skip
     files = toy_programs | {"second.pte": toy_model.lower(Second(), ("hidden", "start"))}
     bundle = write_bundle(tmp_path / "cut", replace(manifest, stages=(layers, second, head)), files)
-    found = open_session(bundle).generate(PROMPT, 2 * T, seed=3)
-    model = EagerModel(Both(), toy_model.ToyHead(), INFO)
+    found = open_engine(bundle).session().generate(PROMPT, 2 * T, seed=3)
+    model = toy_model.eager_model(Both(), toy_model.ToyHead(), INFO)
     expected = UniformDiffusionSession(model, SPECIAL, SETTINGS).generate(PROMPT, 2 * T, seed=3)
     assert found.tokens == expected.tokens
 
@@ -430,7 +436,7 @@ def test_a_style_that_is_not_run_yet_is_refused(toy_bundle: Path) -> None:
     bundle = open_bundle(toy_bundle)
     other = replace(bundle, manifest=replace(bundle.manifest, style="masked_diffusion"))
     with pytest.raises(BundleError, match="masked_diffusion"):
-        open_session(other)
+        open_engine(other)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +451,7 @@ def test_a_sampler_that_is_not_understood_is_refused(toy_bundle: Path, sampler: 
     bundle = open_bundle(toy_bundle)
     other = replace(bundle, manifest=replace(bundle.manifest, sampler=sampler))
     with pytest.raises(BundleError, match="sampler"):
-        open_session(other)
+        open_engine(other)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 0.5, 0.99])
@@ -458,7 +464,7 @@ def test_a_program_that_was_truncated_before_it_was_sealed_is_refused(
         tmp_path / "bundle", toy_model.manifest(), toy_programs | {"head.pte": cut}
     )
     with pytest.raises(BundleError, match=r"head\.pte cannot be loaded by ExecuTorch") as caught:
-        BundleModel(bundle)
+        open_engine(bundle)
     assert "\n" not in str(caught.value)
 
 
@@ -468,7 +474,7 @@ def test_a_program_that_is_not_what_the_manifest_says_is_refused(
     info = replace(INFO, canvas_length=T + 2)
     bundle = write_bundle(tmp_path / "bundle", toy_model.manifest(info), toy_programs)
     with pytest.raises(BundleError, match=r"layers\.pte has inputs"):
-        BundleModel(bundle)
+        open_engine(bundle)
 
 
 def test_stages_in_the_wrong_order_or_with_unknown_inputs_are_refused(
@@ -480,9 +486,9 @@ def test_stages_in_the_wrong_order_or_with_unknown_inputs_are_refused(
         manifest = replace(toy_model.manifest(), stages=stages)
         bundle = write_bundle(tmp_path / f"bundle{number}", manifest, toy_programs)
         with pytest.raises(BundleError, match="stage"):
-            BundleModel(bundle)
+            open_engine(bundle)
 
 
 def test_no_threads_are_refused(toy_bundle: Path) -> None:
     with pytest.raises(InputError, match="threads is 0"):
-        BundleModel(open_bundle(toy_bundle), threads=0)
+        open_engine(open_bundle(toy_bundle), threads=0)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from export.contract.bundle import Decoding, SpecialTokens
 from export.contract.styles.masked_diffusion import MaskedDiffusionSettings
-from export.host.runtime import open_eager_session
+from export.host.eager import eager_engine
 from export.models import FAMILIES, stage_model
 from export.models.dense_decoder import DenseConfig, DenseLayers, build_layers
 from export.models.staging import StagedModel, block_layers_stage
@@ -285,12 +285,12 @@ def test_truncation_is_in_the_graph_and_among_the_settings_or_in_neither(
         staged = stage_model(checkpoint, truncation=truncation)
         (head,) = (stage.module for stage in staged.stages if stage.name == "head")
         assert head.truncation == bool(truncation)
-        session = open_eager_session(staged)
+        engine = eager_engine(staged)
         if truncation:
-            assert session.settings_with({"top_p": 0.5}).top_p == 0.5
+            assert engine.settings_with({"top_p": 0.5}).top_p == 0.5
         else:
             with pytest.raises(InputError, match=r"no setting top_p.*export it with --truncation"):
-                session.settings_with({"top_p": 0.5})
+                engine.settings_with({"top_p": 0.5})
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
@@ -302,7 +302,7 @@ def test_greedy_text_is_that_of_transformers_token_for_token(
     want = reference.generate(
         prompt.view(1, -1), max_new_tokens=24, do_sample=False, eos_token_id=None
     )
-    session = open_eager_session(replace(stages_of(tmp_path), special_tokens=SpecialTokens()))
+    session = eager_engine(replace(stages_of(tmp_path), special_tokens=SpecialTokens())).session()
     assert session.generate(prompt.tolist(), 24).tokens == tuple(want[0, 41:].tolist())
 
 

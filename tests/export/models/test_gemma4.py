@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from export.backends import lower_stage
-from export.host.runtime import open_eager_session
+from export.host.eager import eager_engine
 from export.models import stage_model
 from export.models.gemma4 import (
     Gemma4Layers,
@@ -244,7 +244,7 @@ def test_a_session_gives_the_tokens_of_transformers_generate(case: str, tmp_path
     expected = reference.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False
     )
-    found = open_eager_session(staged(tmp_path)).generate(prompt[0].tolist(), 20)
+    found = eager_engine(staged(tmp_path)).session().generate(prompt[0].tolist(), 20)
     assert list(found.tokens) == expected[0, 17:].tolist()
 
 

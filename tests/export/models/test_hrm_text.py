@@ -13,7 +13,8 @@ from transformers import HrmTextConfig, HrmTextForCausalLM
 
 from export.backends import lower_stage
 from export.contract.bundle import Call
-from export.host.runtime import LoadedStages, eager_stages, open_eager_session
+from export.host.eager import eager_engine, eager_stages
+from export.host.stages import LoadedStages
 from export.models import stage_model
 from export.models.hrm_text import build_modules
 from export.models.staging import StagedModel, StageModule
@@ -172,7 +173,7 @@ def test_greedy_generation_is_token_for_token_that_of_transformers(
     case: str, tmp_path: Path
 ) -> None:
     reference = random_model(seed=7, **CASES[case])
-    session = open_eager_session(stage(save(reference, tmp_path / "hf")))
+    session = eager_engine(stage(save(reference, tmp_path / "hf"))).session()
     prompt = prompt_and_answer(seed=9)[0]
     prefix = {"token_type_ids": torch.ones_like(prompt)} if reference.config.prefix_lm else {}
     expected = reference.generate(prompt, max_new_tokens=24, do_sample=False, **prefix)
@@ -277,7 +278,8 @@ def test_int4_is_near_the_model_of_its_rounded_weights(tmp_path: Path) -> None:
     error = (ours - expected).pow(2).mean().sqrt().item()  # the states' root mean square is 1
     assert 0 < error < 0.1
     assert error < (ours - original).pow(2).mean().sqrt().item()
-    result = open_eager_session(staged).generate(pieces[0][0].tolist(), max_new_tokens=8, seed=0)
+    session = eager_engine(staged).session()
+    result = session.generate(pieces[0][0].tolist(), max_new_tokens=8, seed=0)
     assert len(result.tokens) == 8
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.host.runtime import open_eager_session
+from export.host.eager import eager_engine
 from export.models import stage_model
 from quantize.checkpoint import open_checkpoint
 from scripts.training import train_twins
@@ -63,7 +63,7 @@ def test_both_kinds_have_one_shape_and_are_opened_by_the_exporter(model, tmp_pat
         train_twins.save_model(folder, kind, model)
         assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 2**20
         staged = stage_model(open_checkpoint(folder), maximum_context=LENGTH + BLOCK)
-        sessions[kind] = open_eager_session(staged)
+        sessions[kind] = eager_engine(staged).session()
         assert staged.style.startswith(kind)
     shapes = [
         {

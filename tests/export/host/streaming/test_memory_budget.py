@@ -27,8 +27,9 @@ from device_tests.bench.remote_run import LinuxRunner
 from device_tests.local.device import LocalDevice
 from device_tests.results import records
 from export.contract.bundle import Bundle, open_bundle
+from export.host.bundle_engine import open_engine
+from export.host.eager import eager_engine
 from export.host.process import resident_bytes
-from export.host.runtime import open_eager_session, open_session
 from export.host.streaming import mapped_weights, packed_file, xnnpack_weights
 from export.host.streaming.mapped_bytes import MappedBytes
 from export.host.streaming.mapped_weights import MemoryOptions
@@ -60,7 +61,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def expected() -> list[int]:
     """PyTorch's tokens."""
-    tokens = open_eager_session(wide_stages.staged()).generate(PROMPT, NEW_TOKENS).tokens
+    tokens = eager_engine(wide_stages.staged()).session().generate(PROMPT, NEW_TOKENS).tokens
     assert len(set(tokens)) > 3
     return list(tokens)
 
@@ -69,12 +70,12 @@ def expected() -> list[int]:
 def packed(wide: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the weights are packed already."""
     folder = tmp_path_factory.mktemp("packed")
-    open_session(wide, memory=MemoryOptions(folder=folder))
+    open_engine(wide, memory=MemoryOptions(folder=folder))
     return folder
 
 
 def tokens_of(bundle: Bundle, memory: MemoryOptions | None) -> list[int]:
-    return list(open_session(bundle, memory=memory).generate(PROMPT, NEW_TOKENS).tokens)
+    return list(open_engine(bundle, memory=memory).session().generate(PROMPT, NEW_TOKENS).tokens)
 
 
 MORE = 12 << 20
@@ -87,17 +88,18 @@ from pathlib import Path
 from export.contract.bundle import open_bundle
 from export.host.streaming.mapped_weights import MemoryOptions
 from export.host.process import peak_rss_bytes
-from export.host.runtime import open_session
+from export.host.bundle_engine import open_engine
 from quantize.errors import InputError
 folder, packed, more, prompt, new_tokens = sys.argv[1:]
 bundle, packed = open_bundle(folder, verify=False), Path(packed)
 try:
-    open_session(bundle, 1, memory=MemoryOptions(1, packed))
+    open_engine(bundle, 1, memory=MemoryOptions(1, packed))
 except InputError as error:
     budget = int(str(error).split()[-1]) + int(more)
-session = open_session(bundle, 1, memory=MemoryOptions(budget, packed))
+engine = open_engine(bundle, 1, memory=MemoryOptions(budget, packed))
+session = engine.session()
 tokens = list(session.generate(json.loads(prompt), int(new_tokens)).tokens)
-print(json.dumps({"tokens": tokens, "report": session.model.weights.report(),
+print(json.dumps({"tokens": tokens, "report": engine.weights.report(),
                   "peak": peak_rss_bytes(), "budget": budget}))
 """
 
@@ -141,8 +143,8 @@ def test_a_budget_gives_the_same_tokens_in_no_more_memory(
 PLAIN_ANSWER = """
 import json, sys
 from export.contract.bundle import open_bundle
-from export.host.runtime import open_session
-session = open_session(open_bundle(sys.argv[1], verify=False), 1)
+from export.host.bundle_engine import open_engine
+session = open_engine(open_bundle(sys.argv[1], verify=False), 1).session()
 print(list(session.generate(json.loads(sys.argv[2]), int(sys.argv[3])).tokens))
 """
 
@@ -185,7 +187,7 @@ def test_a_budget_that_cannot_be_held_is_refused_before_anything_is_packed(
     wide: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"budget of 1000 bytes is too small: .* give at least \d"):
-        open_session(wide, memory=MemoryOptions(1000, tmp_path / "packed"))
+        open_engine(wide, memory=MemoryOptions(1000, tmp_path / "packed"))
     assert not (tmp_path / "packed").exists()
     with pytest.raises(InputError, match="memory budget is 0 bytes"):
         MemoryOptions(0)
@@ -195,9 +197,9 @@ def test_one_session_at_a_time_has_mapped_weights(
     wide: Bundle, packed: Path, expected: list[int]
 ) -> None:
     memory = MemoryOptions(folder=packed)
-    session = open_session(wide, memory=memory)
+    session = open_engine(wide, memory=memory).session()
     with pytest.raises(InputError, match="end that session first"):
-        open_session(wide, memory=memory)
+        open_engine(wide, memory=memory)
     # Another without them is its own affair.
     assert tokens_of(wide, None) == expected
     assert list(session.generate(PROMPT, NEW_TOKENS).tokens) == expected
@@ -315,7 +317,7 @@ def test_what_is_not_the_file_that_was_made_is_none(copied: PackedFile, damage: 
 def test_a_folder_that_cannot_be_written_is_told(wide: Bundle, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(OutputError, match=r"cannot be written .* another folder"):
-        open_session(wide, memory=MemoryOptions(folder=tmp_path / "taken"))
+        open_engine(wide, memory=MemoryOptions(folder=tmp_path / "taken"))
 
 
 def test_a_disk_without_room_is_told_before_packing(
@@ -325,7 +327,7 @@ def test_a_disk_without_room_is_told_before_packing(
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     assert usage.f_bavail > 0
     with pytest.raises(OutputError, match=r"has 1000 bytes free and packing .* takes about"):
-        open_session(wide, memory=MemoryOptions(folder=tmp_path))
+        open_engine(wide, memory=MemoryOptions(folder=tmp_path))
 
 
 def test_another_version_of_executorch_is_refused_in_a_sentence(
@@ -333,7 +335,7 @@ def test_another_version_of_executorch_is_refused_in_a_sentence(
 ) -> None:
     monkeypatch.setattr(xnnpack_weights, "VERSION", "0.0.1")
     with pytest.raises(InputError, match=r"version is .*, expected 0.0.1.* without a"):
-        open_session(wide, memory=MemoryOptions(folder=packed))
+        open_engine(wide, memory=MemoryOptions(folder=packed))
 
 
 def test_a_missing_symbol_is_refused_in_a_sentence(
@@ -342,7 +344,7 @@ def test_a_missing_symbol_is_refused_in_a_sentence(
     symbols = xnnpack_weights._BACKEND_SYMBOLS | {"set_path": "_Znone"}
     monkeypatch.setattr(xnnpack_weights, "_BACKEND_SYMBOLS", symbols)
     with pytest.raises(InputError, match=r"_Znone.*run without a memory budget"):
-        open_session(wide, memory=MemoryOptions(folder=packed))
+        open_engine(wide, memory=MemoryOptions(folder=packed))
 
 
 def test_the_file_is_one_that_xnnpack_wrote_in_another_order(packed: Path, wide: Bundle) -> None:
@@ -394,13 +396,13 @@ def test_large_tables_lie_where_the_programs_are_mapped(
 ) -> None:
     """The first stage's embedding table, taken for a large one, is found by its values."""
     monkeypatch.setattr(mapped_weights, "LARGE_TABLES_BYTES", 1000)
-    session = open_session(wide, memory=MemoryOptions(folder=packed))
+    engine = open_engine(wide, memory=MemoryOptions(folder=packed))
     first = wide.manifest.stages[0]
-    region = session.model.weights._tables(first)
+    region = engine.weights._tables(first)
     found = wide.path(first.file).read_bytes()[region.offset : region.offset + region.bytes]
     assert wide_stages.FirstMlp(0).table.numpy().tobytes() in found
     assert ctypes.string_at(region.address, region.bytes) == found.ljust(region.bytes, b"\0")
-    assert session.model.weights._tables(wide.manifest.stages[1]) is None
+    assert engine.weights._tables(wide.manifest.stages[1]) is None
 
 
 def test_the_stage_that_runs_is_in_memory_and_all_are_within_their_room(tmp_path: Path) -> None:
