@@ -150,9 +150,9 @@ class TextTokenizer:
             "eos_token": special.eos[0] if special.eos else None,
         }
         return {
-            name: self._tokenizer.id_to_token(token)
+            name: text
             for name, token in ids.items()
-            if token is not None
+            if token is not None and (text := self._tokenizer.id_to_token(token)) is not None
         }
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:

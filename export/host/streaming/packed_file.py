@@ -250,7 +250,7 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or platform.machine()
-    told = {}
+    told: dict[str, set[str]] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
         if colon:

@@ -272,14 +272,14 @@ class _Pages:
                 if not failed or ctypes.get_errno() != errno.EINVAL:
                     continue  # what could not be read now is read when it is used
                 self._scratch = bytearray(_SCRATCH_BYTES)
-            self._read_through(region)
+            self._read_through(region, self._scratch)
 
-    def _read_through(self, region: Region) -> None:
+    def _read_through(self, region: Region, scratch: bytearray) -> None:
         """Read into the page cache by reading over and over into one small buffer."""
         descriptor, offset = self._descriptors[region.path], region.offset
         while (left := region.offset + region.bytes - offset) > 0:
             count = min(-(-left // _SCRATCH_BYTES), _MOST_BUFFERS)
-            done = os.preadv(descriptor, [self._scratch] * count, offset)
+            done = os.preadv(descriptor, [scratch] * count, offset)
             if done <= 0:
                 return
             offset += done

@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from quantize.errors import InputError
 
@@ -120,16 +121,17 @@ class PackedWeights:
         """Unmap the file. Raises InputError while a program that uses it is loaded."""
         if self._cache is None:
             return
-        if self._owners() != 1:
+        cache = self._cache
+        if _owners(cache) != 1:
             raise InputError(
                 "this process has a bundle loaded within a memory budget already; end that session "
                 "first"
             )
-        self._owners(-1)
-        owners = ctypes.c_void_p(self._cache.owners)
-        methods = ctypes.c_void_p.from_address(self._cache.owners).value or 0
+        _owners(cache, -1)
+        owners = ctypes.c_void_p(cache.owners)
+        methods = ctypes.c_void_p.from_address(cache.owners).value or 0
         word = ctypes.sizeof(ctypes.c_void_p)
-        dispose = ctypes.c_void_p.from_address(methods + _DISPOSE * word).value
+        dispose = ctypes.c_void_p.from_address(methods + _DISPOSE * word).value or 0
         # What stays is the counts themselves, some hundred bytes.
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(dispose)(owners)
         self._cache = None
@@ -139,11 +141,6 @@ class PackedWeights:
         if not found:
             raise InputError("ExecuTorch has no XNNPACK backend here; run without a memory budget")
         return found
-
-    def _owners(self, change: int = 0) -> int:
-        count = ctypes.c_int.from_address(self._cache.owners + _OWNERS_AT)
-        count.value += change
-        return count.value
 
     def _enable(self, enabled: bool) -> None:
         option = _Option(key=_ENABLED, kind=0)
@@ -167,7 +164,13 @@ _latest: PackedWeights | None = None
 """What this process has open, or had."""
 
 
-def _libraries() -> tuple[dict[str, ctypes._CFuncPtr], dict[str, ctypes._CFuncPtr]]:
+def _owners(cache: _Shared, change: int = 0) -> int:
+    count = ctypes.c_int.from_address(cache.owners + _OWNERS_AT)
+    count.value += change
+    return count.value
+
+
+def _libraries() -> tuple[dict[str, Any], dict[str, Any]]:
     version = importlib.metadata.version("executorch")
     reason = f"its version is {version}, expected {VERSION}"
     if version == VERSION:
@@ -187,7 +190,7 @@ def _libraries() -> tuple[dict[str, ctypes._CFuncPtr], dict[str, ctypes._CFuncPt
     )
 
 
-def _runtime_functions(library: ctypes.CDLL) -> dict[str, ctypes._CFuncPtr]:
+def _runtime_functions(library: ctypes.CDLL) -> dict[str, Any]:
     functions = {name: getattr(library, symbol) for name, symbol in _RUNTIME_SYMBOLS.items()}
     functions["set_option"].argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
     functions["set_option"].restype = ctypes.c_uint32
@@ -196,7 +199,7 @@ def _runtime_functions(library: ctypes.CDLL) -> dict[str, ctypes._CFuncPtr]:
     return functions
 
 
-def _backend_functions(library: ctypes.CDLL) -> dict[str, ctypes._CFuncPtr]:
+def _backend_functions(library: ctypes.CDLL) -> dict[str, Any]:
     functions = {name: getattr(library, symbol) for name, symbol in _BACKEND_SYMBOLS.items()}
     functions["get_cache"].argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     functions["get_cache"].restype = _Shared
