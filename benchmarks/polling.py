@@ -19,9 +19,10 @@ import tempfile
 from pathlib import Path
 
 from device_tests.adb.direct import open_tcp
-from device_tests.bench import measurement as benches
-from device_tests.bench import remote_run
 from device_tests.bench.deploy import deploy
+from device_tests.bench.measurement import bench
+from device_tests.bench.plan import BenchPlan
+from device_tests.bench.runner import choose_runner
 from device_tests.local.device import LocalDevice
 from device_tests.remote import conditions
 from export.contract.bundle import open_bundle
@@ -41,18 +42,18 @@ def main() -> None:
     step_ms: dict[float, list[float]] = {period: [] for period in PERIODS_S}
     with tempfile.TemporaryDirectory() as folder, LocalDevice(Path(folder) / "device") as device:
         transport = open_tcp("127.0.0.1", device.port)
-        runner = remote_run.choose_runner(conditions.read_device(transport).android_sdk)
+        runner = choose_runner(conditions.read_device(transport).android_sdk)
         deployment = deploy(transport, bundle)
 
         def median_step_ms(poll_s: float, steps: int) -> float:
-            plan = benches.BenchPlan(
+            plan = BenchPlan(
                 passes={"speed": 1},
                 threads=(arguments.threads,),
                 force_steps=steps,
                 poll_s=poll_s,
             )
             results = Path(folder) / f"{len(os.listdir(folder))}.jsonl"
-            outcome = benches.bench(transport, bundle, deployment, runner, plan, results)
+            outcome = bench(transport, bundle, deployment, runner, plan, results)
             [record] = outcome.records
             if record["status"] != "ok":
                 raise SystemExit(record["failure"]["sentence"])

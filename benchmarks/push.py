@@ -36,7 +36,8 @@ import adbutils
 from device_tests.adb import direct as adb_direct
 from device_tests.adb import server as adb_server
 from device_tests.adb.transport import Transport
-from device_tests.bench.deploy import CHUNK_BYTES, clean, deploy
+from device_tests.bench.deploy import CHUNK_BYTES, deploy
+from device_tests.bench.inventory import clean
 from device_tests.local.device import CACHE_VARIABLE, LocalDevice, cache_folder
 from device_tests.remote.shell import DEVICE_ROOT
 from export.contract.bundle import (

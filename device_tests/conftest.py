@@ -11,7 +11,7 @@ import pytest
 
 from device_tests.adb.transport import Transport
 from device_tests.bench.deploy import Deployment, deploy
-from device_tests.bench.remote_run import Runner, choose_runner
+from device_tests.bench.runner import Runner, choose_runner
 from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import local_adbd  # noqa: F401
 from export.contract.bundle import Bundle, open_bundle

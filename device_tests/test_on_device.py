@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from device_tests.adb.transport import Transport
-from device_tests.bench import measurement as benches
 from device_tests.bench.deploy import Deployment, deploy
 from device_tests.bench.device_lock import DeviceLock
+from device_tests.bench.events import BenchOutcome
 from device_tests.bench.inventory import bundle_sha256, clean, deployed
-from device_tests.bench.measurement import BenchOutcome, BenchPlan
-from device_tests.bench.remote_run import Runner
+from device_tests.bench.measurement import bench
+from device_tests.bench.plan import BenchPlan
+from device_tests.bench.runner import Runner
 from device_tests.conftest import pocketdiff
 from device_tests.errors import DeviceBusy
 from device_tests.remote.shell import DEVICE_ROOT
@@ -48,7 +49,7 @@ def outcome(
     transport: Transport, bundle: Bundle, deployment: Deployment, runner: Runner, results: Path
 ) -> BenchOutcome:
     """One benchmark of every pass."""
-    return benches.bench(transport, bundle, deployment, runner, PLAN, results)
+    return bench(transport, bundle, deployment, runner, PLAN, results)
 
 
 def of_pass(outcome: BenchOutcome, name: str) -> list[records.Record]:
@@ -153,7 +154,7 @@ def test_a_finished_benchmark_resumed_runs_nothing(
     runner: Runner,
     results: Path,
 ) -> None:
-    again = benches.bench(transport, bundle, deployment, runner, PLAN, results, resume=True)
+    again = bench(transport, bundle, deployment, runner, PLAN, results, resume=True)
     assert (again.skipped, again.records) == (5, ())
 
 
@@ -162,7 +163,7 @@ def test_a_second_benchmark_is_refused_with_the_name_of_the_first(
 ) -> None:
     results = tmp_path / "results.jsonl"
     with DeviceLock(transport, "the-first"), pytest.raises(DeviceBusy, match="the-first"):
-        benches.bench(transport, bundle, deployment, runner, PLAN, results)
+        bench(transport, bundle, deployment, runner, PLAN, results)
     assert not results.exists() or records.read(results) == []
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from device_tests.bench.measurement import (
+from device_tests.bench.events import (
     BenchEvent,
     BenchStarted,
     ConnectionLost,
     GateWaiting,
-    PlannedRun,
     RunEnded,
     RunProgress,
     RunStarted,
 )
+from device_tests.bench.plan import PlannedRun
 from device_tests.results.metrics import METRICS
 from device_tests.results.plain_text import plain, quantity
 from scripts.console import Reporter

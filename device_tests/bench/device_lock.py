@@ -1,6 +1,6 @@
 """The lock of a device: a folder made by `mkdir`, so that one benchmark at a time measures.
 
-It names its owner, who gives signs of life while it works. An owner that is dead, or has been
+It names its owner, who sends heartbeats while it works. An owner that is dead, or has been
 silent for long and has no run on the device, loses the lock to whoever comes next.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 
 from device_tests.adb.transport import ShellResult, Transport
-from device_tests.bench.remote_run import RemoteRun, patiently
+from device_tests.bench.remote_run import RemoteRun
 from device_tests.errors import DeviceBusy
+from device_tests.remote.retry import retry_while_gone
 from device_tests.remote.shell import DEVICE_ROOT, excerpt, quote, run_checked
 from quantize.errors import DeviceError
 
@@ -36,7 +37,7 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 _log = logging.getLogger(__name__)
 
-# `now` and the time of the last sign of life are both the device's, whose clock may be wrong. The
+# `now` and the time of the last heartbeat are both the device's, whose clock may be wrong. The
 # start time of a process is field 22 of proc(5), the 20th behind the name.
 _LOOK = f"""[ -d {LOCK_FOLDER} ] || exit 0
 echo "held yes"
@@ -83,7 +84,7 @@ class Holder:
     host: str
     started_at: str
     silent_s: float | None
-    """Since its last sign of life, by the device's clock; None if that is not known."""
+    """Since its last heartbeat, by the device's clock; None if that is not known."""
     runs: tuple[str, ...] = ()
     """Runs that go on on the device."""
     process: Process = field(default_factory=Process)
@@ -97,13 +98,13 @@ class Holder:
         return silent or self.process.is_dead
 
     def __str__(self) -> str:
-        seen = "" if self.silent_s is None else f", last sign of life {self.silent_s:.0f} s ago"
+        seen = "" if self.silent_s is None else f", last heartbeat {self.silent_s:.0f} s ago"
         return f"benchmark {self.bench_id} of {self.host}, begun {self.started_at}{seen}"
 
 
 def holder(transport: Transport) -> Holder | None:
     """Who holds the device; None if it is free or its lock is stale."""
-    found = _look(transport)
+    found = look(transport)
     return None if found is None or found.is_stale else found
 
 
@@ -130,7 +131,7 @@ class DeviceLock:
 
     @property
     def beat_command(self) -> str:
-        """A piece of shell that gives a sign of life; a builtin, for polls in a measurement."""
+        """A piece of shell that sends a heartbeat; a builtin, for polls in a measurement."""
         return f"[ ! -d {LOCK_FOLDER} ] || : >{_BEAT}"
 
     def acquire(self) -> None:
@@ -138,7 +139,7 @@ class DeviceLock:
         for _ in range(3):  # it may be released, or taken over, between two looks
             if self._take():
                 return
-            found = self._patiently_look()
+            found = self._look()
             if found is None:
                 continue
             if found.bench_id == self.bench_id:
@@ -151,13 +152,13 @@ class DeviceLock:
         )
 
     def beat(self) -> None:
-        """Give a sign of life. Raises DeviceBusy if the lock was lost to another benchmark."""
+        """Send a heartbeat. Raises DeviceBusy if the lock was lost to another benchmark."""
         command = (
             f"o=; {{ read -r o <{_OWNER}; }} 2>/dev/null\n"
             f'[ "$o" = {quote(self._owner)} ] && : >{_BEAT} && echo ours\n:\n'
         )
         if self._run(command).text.strip() != "ours":
-            found = self._patiently_look()
+            found = self._look()
             who = "nobody" if found is None else str(found)
             raise DeviceBusy(
                 f"the lock of the device {self.transport.serial} was taken away from this "
@@ -222,15 +223,17 @@ class DeviceLock:
             "another device"
         )
 
-    def _patiently_look(self) -> Holder | None:
-        return patiently(self.transport, lambda: _look(self.transport), self._gone_s)
+    def _look(self) -> Holder | None:
+        return retry_while_gone(self.transport, lambda: look(self.transport), self._gone_s)
 
     def _run(self, command: str) -> ShellResult:
-        return patiently(self.transport, lambda: run_checked(self.transport, command), self._gone_s)
+        return retry_while_gone(
+            self.transport, lambda: run_checked(self.transport, command), self._gone_s
+        )
 
 
 def parse_holder(answer: str) -> Holder | None:
-    """Understand the answer to the look at a lock; no answer raises."""
+    """Who holds the lock by the answer to the look at it; no answer raises."""
     said: dict[str, str] = {}
     runs: list[str] = []
     for line in answer[: 2**17].splitlines():
@@ -252,21 +255,22 @@ def parse_holder(answer: str) -> Holder | None:
         value = owner.get(key)
         return excerpt(value) if isinstance(value, str) and value.strip() else "unknown"
 
-    pid = owner.get("pid")
-    machine, started = owner.get("machine"), owner.get("process_started")
-    known = type(pid) is int and isinstance(machine, str) and isinstance(started, str)
+    process = Process()
+    match owner:
+        case {"pid": int(pid), "machine": str(machine), "process_started": str(started)}:
+            process = Process(machine, pid, started)
     return Holder(
         bench_id=text("bench_id"),
         host=text("host"),
         started_at=text("started_at"),
         silent_s=_difference(said.get("now", ""), said.get("beat", "")),
         runs=tuple(runs),
-        process=Process(machine, pid, started) if known else Process(),
+        process=process,
         owner=written,
     )
 
 
-def _look(transport: Transport) -> Holder | None:
+def look(transport: Transport) -> Holder | None:
     return parse_holder(run_checked(transport, _LOOK).text)
 
 

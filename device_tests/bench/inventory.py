@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from device_tests.adb.transport import Transport
+from device_tests.bench import device_lock
 from device_tests.errors import CommandFailed, DeviceBusy
 from device_tests.remote import files as remote_files
 from device_tests.remote.files import Run
@@ -183,16 +184,16 @@ def clean(
     bundle_id: str | None = None,
     *,
     force: bool = False,
-    holder: Callable[[Transport], object | None] | None = None,
+    holder: Callable[[Transport], object | None] = device_lock.holder,
     root: str = DEVICE_ROOT,
 ) -> Cleaned:
     """Remove one bundle, or all bundles, runs, unfinished pushes and a stale lock; nothing else.
 
     With a bundle go its packed weights.
 
-    What is under `root` and has none of our names stays. holder: says who holds the device, by
-    default `device_lock.holder`. Raises DeviceBusy while a benchmark holds it, unless `force`;
-    InputError for an id that is none or that the device does not have, or a `root` that cannot be.
+    What is under `root` and has none of our names stays. holder: says who holds the device. Raises
+    DeviceBusy while somebody does, unless `force`; InputError for an id that is none or that the
+    device does not have, or a `root` that cannot be.
     """
     layout, run = Layout(root), functools.partial(run_checked, transport)
     if bundle_id is not None and not _BUNDLE_ID.fullmatch(bundle_id):
@@ -201,8 +202,6 @@ def clean(
             "`pocketdiff devices` or `push` prints it"
         )
     _refuse_link(transport, layout.root)
-    if holder is None:
-        from device_tests.bench.device_lock import holder
     if not force and (who := holder(transport)) is not None:
         raise DeviceBusy(
             f"{who} is measuring on the device {transport.serial}; wait for its end, or clean "

@@ -12,29 +12,27 @@ per cent of one core at one poll a second.
 from __future__ import annotations
 
 import io
-import re
-import signal
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from device_tests.adb.transport import ShellResult, Transport
+from device_tests.bench import run_folder
+from device_tests.bench.failures import (
+    Failure,
+    Traces,
+    name_failure,
+    parse_traces,
+    storage_full_failure,
+)
+from device_tests.bench.runner import Runner
 from device_tests.errors import CommandTimeout, DeviceGone, ProtocolError
 from device_tests.remote import sensors
-from device_tests.remote.shell import (
-    DEVICE_ROOT,
-    excerpt,
-    quote,
-    run_checked,
-    says_storage_full,
-)
-from device_tests.results.records import REASONS, Reason
+from device_tests.remote.retry import Answer, retry_while_gone
+from device_tests.remote.shell import excerpt, quote, run_checked
 from export.contract.runner_protocol import (
-    EVENTS_FILE,
     MAXIMUM_LINE_BYTES,
     MAXIMUM_RESULT_BYTES,
     REQUEST_FILE,
@@ -46,72 +44,16 @@ from export.contract.runner_protocol import (
 )
 from quantize.errors import DeviceError
 
-RUNS_FOLDER = f"{DEVICE_ROOT}/runs"
-
 MAXIMUM_EVENTS_BYTES = 64 * 2**20
-"""Of all events of a run; a run that tells more is ended."""
-
-MAXIMUM_POLL_BYTES = 2**20
-"""New events in the answer to one poll; what is more comes with the next."""
+"""Of all events of a run; a run that writes more is ended."""
 
 MAXIMUM_SAMPLES = 100_000
-LOG_TAIL_BYTES = 4096
 
 _START_S = 20.0
 """How long a started run may take to write its process number."""
 
-_FULL_BYTES = 64 * 1024
-"""Less free room than this after a failed run means that the disk was full."""
-
 _SAMPLING_EVENTS = frozenset({"memory", "temperature"})
-"""Events that a timer tells: no sign that the run itself goes on."""
-
-_NO_MEMORY = re.compile(r"MemoryError|bad_alloc|annot allocate memory|[Oo]ut of memory")
-_NO_MODULE = re.compile(r"No module named '?export")
-_ANSWER = TypeVar("_ANSWER")
-
-
-class RunnerMissing(DeviceError):
-    """There is no runner for this kind of device."""
-
-
-class Runner(Protocol):
-    """How a run is started on a kind of device."""
-
-    def command(self, request: str) -> str:
-        """The shell command that does what the file `request` on the device asks for."""
-
-
-@dataclass(frozen=True)
-class LinuxRunner:
-    """`export.host.runner` by a Python that the device has; paths are the device's."""
-
-    python: str = sys.executable
-    root: str = str(Path(__file__).parents[2])
-
-    def command(self, request: str) -> str:
-        # -P: the run's folder is no place to import from.
-        words = quote(self.python, "-P", "-m", "export.host.runner", request)
-        return f"PYTHONPATH={quote(self.root)} {words}"
-
-
-def choose_runner(android_sdk: int | None) -> Runner:
-    """The runner for a device. Raises RunnerMissing for Android, whose runner is the app's."""
-    if android_sdk is not None:
-        raise RunnerMissing(
-            f"the device runs Android (SDK {android_sdk}), and the app with the runner for Android "
-            "is not there yet; give a device with Linux, or --local"
-        )
-    return LinuxRunner()
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a run failed, in a word and in a sentence, and what that was concluded from."""
-
-    reason: Reason
-    sentence: str
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+"""Events that a timer writes: they do not show that the run itself goes on."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +72,7 @@ class Interrupted:
 
 
 RunEvent = dict[str, Any] | Sample | Interrupted
-"""What `follow` tells: the runner's events as they are, sensors, and broken connections."""
+"""What `follow` passes on: the runner's events as they are, sensors, and broken connections."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +95,7 @@ class RemoteRun:
     def __init__(self, transport: Transport, run_id: str, *, gone_s: float) -> None:
         self.transport = transport
         self.run_id = run_id
-        self.folder = f"{RUNS_FOLDER}/{run_id}"
+        self.folder = f"{run_folder.RUNS_FOLDER}/{run_id}"
         self._gone_s = gone_s
         self._boot_id = ""
         self._oom_kills: int | None = None
@@ -162,6 +104,7 @@ class RemoteRun:
         self._events: list[dict[str, Any]] = []
         self._samples: list[Sample] = []
         self._interruptions = 0
+        self._tell: Callable[[RunEvent], None] = lambda _: None
 
     def follow(
         self,
@@ -175,13 +118,14 @@ class RemoteRun:
 
         A broken connection is waited for (`gone_s` of `start`) and costs nothing. Without a new
         event for `hang_s` (those of timers do not count) the run is killed as hung. `each_poll` is
-        a piece of shell that is run with every poll. Events are told as they come.
+        a piece of shell that is run with every poll. `on_event` is called as events arrive.
         """
-        tell = on_event or (lambda _: None)
+        if on_event is not None:
+            self._tell = on_event
         try:
-            failure, exit_code = self._watch(tell, poll_s, hang_s, each_poll)
+            failure, exit_code = self._watch(poll_s, hang_s, each_poll)
             if failure is None:
-                return self._collect(exit_code, tell)
+                return self._collect(exit_code)
         except (DeviceGone, CommandTimeout, ProtocolError) as error:
             failure = Failure(
                 "device_gone",
@@ -200,22 +144,10 @@ class RemoteRun:
     def kill(self, gone_s: float | None = None) -> None:
         """End the run with every process it has begun; nothing happens if it has ended.
 
-        Raises a DeviceError if the device cannot be told for `gone_s`, by default that of `start`.
+        Raises a DeviceError if the device stays away for `gone_s`, by default that of `start`.
         """
-        # The group's number stays taken as long as one of its processes lives, so it is ours if its
-        # first process is ours or gone.
-        command = (
-            f"cd {quote(self.folder)} 2>/dev/null || exit 0\n"
-            "p= s=\n"
-            "[ ! -d started ] || [ -f pid ] || sleep 1\n"  # it has just been begun
-            "{ read -r p t b <pid; } 2>/dev/null\n"
-            '[ -n "$p" ] && [ "$p" -gt 1 ] || exit 0\n'
-            "{ read -r s </proc/$p/stat; } 2>/dev/null\n"
-            'if [ -n "$s" ]; then set -- ${s##*) }; [ "${20}" = "$t" ] || exit 0; fi\n'
-            "kill -9 -$p 2>/dev/null\n:\n"
-        )
-        patience_s = self._gone_s if gone_s is None else gone_s
-        patiently(self.transport, lambda: self.transport.shell(command, timeout_s=10), patience_s)
+        command = run_folder.kill_command(self.folder)
+        self._retry(lambda: self.transport.shell(command, timeout_s=10), gone_s)
 
     def remove(self) -> None:
         """Remove the run's folder from the device."""
@@ -224,34 +156,37 @@ class RemoteRun:
     def _start(self, runner: Runner, request: RunRequest) -> None:
         content = request.to_bytes()
         file = f"{self.folder}/{REQUEST_FILE}"
-        command = _start_command(self.folder, runner.command(file))
+        command = run_folder.start_command(self.folder, runner.command(file))
 
         def begin() -> ShellResult:
             run_checked(self.transport, f"mkdir -p {quote(self.folder)}")
             self.transport.push(io.BytesIO(content), file, len(content))
             return run_checked(self.transport, command)
 
-        reply = patiently(self.transport, begin, self._gone_s)
-        said = _tagged(reply.text)
+        said = run_folder.parse_tagged(self._retry(begin).text)
         self._boot_id = said.get("boot", "")
-        self._oom_kills = _integer(said.get("oom_kill", ""))
+        self._oom_kills = run_folder.parse_integer(said.get("oom_kill", ""))
         self._started_s = time.monotonic()
 
+    def _retry(self, call: Callable[[], Answer], gone_s: float | None = None) -> Answer:
+        patience_s = self._gone_s if gone_s is None else gone_s
+        return retry_while_gone(self.transport, call, patience_s)
+
     def _watch(
-        self, tell: Callable[[RunEvent], None], poll_s: float, hang_s: float, each_poll: str
+        self, poll_s: float, hang_s: float, each_poll: str
     ) -> tuple[Failure | None, int | None]:
         """Poll until the run ends; the failure if it did not end by itself, else its exit code."""
-        alive_s = time.monotonic()  # the last sign of life
+        alive_s = time.monotonic()  # when the run last showed that it goes on
         while True:
-            poll, broken = self._poll(each_poll, tell)
+            poll, broken = self._poll(each_poll)
             now = time.monotonic()
-            self._sample(now, poll.sensors, tell)
-            if self._take(poll.events, tell) or broken:
+            self._sample(now, poll.sensors)
+            if self._take(poll.events) or broken:
                 alive_s = now
             if poll.boot_id != self._boot_id or poll.run_boot_id not in ("", self._boot_id):
                 return self._restarted(poll.boot_id), None
             if poll.exit_code is not None or poll.vanished:
-                if len(poll.events) >= MAXIMUM_POLL_BYTES:
+                if len(poll.events) >= run_folder.MAXIMUM_POLL_BYTES:
                     continue  # there may be more
                 return None, poll.exit_code
             if poll.pid is None and now - self._started_s > _START_S:
@@ -259,35 +194,35 @@ class RemoteRun:
             if now - alive_s > hang_s:
                 self.kill()
                 return self._hung(now - alive_s), None
-            if len(poll.events) < MAXIMUM_POLL_BYTES:
+            if len(poll.events) < run_folder.MAXIMUM_POLL_BYTES:
                 time.sleep(poll_s)
 
-    def _poll(self, each_poll: str, tell: Callable[[RunEvent], None]) -> tuple[_Poll, bool]:
+    def _poll(self, each_poll: str) -> tuple[run_folder.Poll, bool]:
         """One answer, and whether the connection had to be found again for it."""
         marker = f"events of {self.run_id}"
-        command = _poll_command(self.folder, marker, self._offset, each_poll)
+        command = run_folder.poll_command(self.folder, marker, self._offset, each_poll)
         before = self._interruptions
 
         def interrupted(error: DeviceError) -> None:
             self._interruptions += 1
-            tell(Interrupted(str(error)))
+            self._tell(Interrupted(str(error)))
 
-        reply = patiently(
+        reply = retry_while_gone(
             self.transport,
             lambda: run_checked(self.transport, command),
             self._gone_s,
             interrupted,
         )
-        return parse_poll(reply.stdout, marker), self._interruptions != before
+        return run_folder.parse_poll(reply.stdout, marker), self._interruptions != before
 
-    def _sample(self, now: float, text: str, tell: Callable[[RunEvent], None]) -> None:
+    def _sample(self, now: float, text: str) -> None:
         sample = Sample(round(now - self._started_s, 3), sensors.parse(text))
         if len(self._samples) < MAXIMUM_SAMPLES:
             self._samples.append(sample)
-        tell(sample)
+        self._tell(sample)
 
-    def _take(self, data: bytes, tell: Callable[[RunEvent], None]) -> bool:
-        """Keep the whole lines of `data`; whether one of them is a sign of life.
+    def _take(self, data: bytes) -> bool:
+        """Keep the whole lines of `data`; whether one of them shows that the run goes on.
 
         A line that is not finished is asked for again: a runner on a full disk takes it back.
         """
@@ -297,7 +232,7 @@ class RemoteRun:
         self._offset += end
         if self._offset > MAXIMUM_EVENTS_BYTES:
             raise RunnerProtocolError(
-                f"the run told more than {MAXIMUM_EVENTS_BYTES} bytes of events; ask for fewer "
+                f"the run wrote more than {MAXIMUM_EVENTS_BYTES} bytes of events; ask for fewer "
                 "steps or sample memory less often"
             )
         lives = False
@@ -305,23 +240,21 @@ class RemoteRun:
             event = parse_event(line)
             self._events.append(event)
             lives |= event["event"] not in _SAMPLING_EVENTS
-            tell(event)
+            self._tell(event)
         return lives
 
-    def _collect(self, exit_code: int | None, tell: Callable[[RunEvent], None]) -> RunOutcome:
+    def _collect(self, exit_code: int | None) -> RunOutcome:
         result = self._result()
         if result is not None and result["status"] == "ok" and exit_code == 0:
             if result["run_id"] != self.run_id:
                 raise RunnerProtocolError("the result is that of another run")
             return self._outcome(result, None)
         self.kill()  # what a crash left behind
-        reply = patiently(
-            self.transport,
-            lambda: self.transport.shell(_examine_command(self.folder), timeout_s=60),
-            self._gone_s,
-        )
-        traces = parse_traces(reply.text, self._oom_kills)
-        return self._outcome(result, name_failure(exit_code, result, traces))
+        return self._outcome(result, name_failure(exit_code, result, self._retry(self._examine)))
+
+    def _examine(self) -> Traces:
+        reply = self.transport.shell(run_folder.examine_command(self.folder), timeout_s=60)
+        return parse_traces(reply.text, self._oom_kills)
 
     def _result(self) -> dict[str, Any] | None:
         path = f"{self.folder}/{RESULT_FILE}"
@@ -333,7 +266,7 @@ class RemoteRun:
             self.transport.pull(path, content, length=MAXIMUM_RESULT_BYTES + 1)
             return content.getvalue()
 
-        content = patiently(self.transport, pull, self._gone_s)
+        content = self._retry(pull)
         return None if content is None else parse_result(content)
 
     def _restarted(self, boot_id: str) -> Failure:
@@ -347,17 +280,18 @@ class RemoteRun:
     def _hung(self, silent_s: float) -> Failure:
         return Failure(
             "hang",
-            f"the runner told nothing for {silent_s:.0f} s, {self._last_event()}, and was killed; "
+            f"the runner wrote nothing for {silent_s:.0f} s, {self._last_event()}, and was killed; "
             "give more time with a larger limit for hangs if the model is that slow",
             {"silent_s": round(silent_s, 1)},
         )
 
     def _not_begun(self) -> Failure:
-        reply = self.transport.shell(_examine_command(self.folder), timeout_s=60)
-        traces = parse_traces(reply.text, self._oom_kills)
+        traces = self._examine()
         if traces.storage_full:
-            return _storage_full(traces, {})
-        return Failure("internal", f"the run did not begin within {_START_S:.0f} s", traces.said())
+            return storage_full_failure(traces, {})
+        return Failure(
+            "internal", f"the run did not begin within {_START_S:.0f} s", traces.evidence()
+        )
 
     def _last_event(self) -> str:
         names = [e["event"] for e in self._events if e["event"] not in _SAMPLING_EVENTS]
@@ -380,259 +314,3 @@ def start(
     run = RemoteRun(transport, request.run_id, gone_s=gone_s)
     run._start(runner, request)
     return run
-
-
-def patiently(
-    transport: Transport,
-    call: Callable[[], _ANSWER],
-    gone_s: float,
-    on_break: Callable[[DeviceError], None] | None = None,
-) -> _ANSWER:
-    """Do what may be done twice, and do it again when the device was lost and is found.
-
-    Raises DeviceGone, CommandTimeout or ProtocolError when it has failed for `gone_s`.
-    """
-    give_up: float | None = None
-    while True:
-        try:
-            return call()
-        except (DeviceGone, CommandTimeout, ProtocolError) as error:
-            now = time.monotonic()
-            if give_up is None:
-                give_up = now + gone_s
-            elif now >= give_up:
-                raise
-            if on_break is not None:
-                on_break(error)
-            transport.reconnect(max(0.1, give_up - now))
-            time.sleep(0.05)  # a device that answers but keeps failing is not asked without pause
-
-
-@dataclass(frozen=True)
-class _Poll:
-    boot_id: str
-    pid: int | None
-    run_boot_id: str
-    is_alive: bool
-    exit_code: int | None
-    sensors: str
-    events: bytes
-
-    @property
-    def vanished(self) -> bool:
-        """The process is gone and left no exit code; it writes that before it ends."""
-        return self.pid is not None and not self.is_alive and self.exit_code is None
-
-
-def parse_poll(answer: bytes, marker: str) -> _Poll:
-    """Take the answer to a poll apart. Raises ProtocolError if it has no events section."""
-    head, found, events = answer.partition(f"\n{marker}\n".encode())
-    if not found:
-        raise ProtocolError(
-            "the device's answer to a poll broke off "
-            f"({excerpt(answer[-200:].decode('utf-8', 'replace')) or 'it was empty'}); try again"
-        )
-    state, _, sensed = head.decode("utf-8", errors="replace").partition("\nsensors\n")
-    said = _tagged(state)
-    pid, start_ticks, boot_id = [*said.get("pid", "").split(), "", "", ""][:3]
-    # comm, in parentheses, may hold anything; state is field 3, starttime field 22: proc(5).
-    fields = said.get("stat", "").rpartition(") ")[2].split()
-    is_alive = len(fields) > 19 and fields[0] not in ("Z", "X") and fields[19] == start_ticks
-    return _Poll(
-        boot_id=said.get("boot", ""),
-        pid=_integer(pid),
-        run_boot_id=boot_id,
-        is_alive=is_alive,
-        exit_code=_integer(said.get("exit", "")),
-        sensors=sensed,
-        events=events,
-    )
-
-
-@dataclass(frozen=True)
-class Traces:
-    """What a run that failed left on the device."""
-
-    log_tail: str = ""
-    oom_kills: int | None = None
-    """Processes that the kernel killed for memory since the run began."""
-    lmkd: str = ""
-    """What Android's low-memory killer said last about one of our processes."""
-    free_bytes: int | None = None
-
-    @property
-    def storage_full(self) -> bool:
-        return says_storage_full(self.log_tail) or (
-            self.free_bytes is not None and self.free_bytes < _FULL_BYTES
-        )
-
-    def said(self) -> dict[str, Any]:
-        """The evidence for a record."""
-        found = {
-            "oom_kills": self.oom_kills,
-            "lmkd": self.lmkd or None,
-            "free_bytes": self.free_bytes,
-            "log_tail": self.log_tail or None,
-        }
-        return {key: value for key, value in found.items() if value is not None}
-
-
-def parse_traces(text: str, oom_kills_before: int | None) -> Traces:
-    """Understand the answer to the examination of a failed run; no answer raises."""
-    head, _, log = text.partition("\nlog\n")
-    said = _tagged(head)
-    kills = _integer(said.get("oom_kill", ""))
-    blocks = said.get("free", "").split()
-    counts = [_integer(word) for word in blocks]
-    free = None
-    if len(counts) == 2 and counts[0] is not None and counts[1] is not None:
-        free = counts[0] * counts[1]
-    return Traces(
-        log_tail=_log_text(log),
-        oom_kills=None
-        if kills is None or oom_kills_before is None
-        else max(0, kills - oom_kills_before),
-        lmkd=excerpt(said.get("lmkd", "")),
-        free_bytes=free,
-    )
-
-
-def name_failure(
-    exit_code: int | None, result: Mapping[str, Any] | None, traces: Traces
-) -> Failure:
-    """Why a run failed that ended by itself; `exit_code` None: it vanished without one."""
-    evidence = {"exit_code": exit_code} | traces.said()
-    last = excerpt(traces.log_tail.strip().rpartition("\n")[2]) or "its log is empty"
-    told = (result or {}).get("failure")
-    if told is not None:
-        reason = told["reason"] if told["reason"] in REASONS else "internal"
-        return Failure(reason, told["sentence"], evidence)
-    number = 9 if exit_code is None else exit_code - 128
-    if number == 9 and (traces.oom_kills or traces.lmkd):
-        by = "Android's low-memory killer" if traces.lmkd else "the kernel"
-        return Failure(
-            "out_of_memory",
-            f"{by} killed the runner for want of memory; use a smaller bundle or context, or close "
-            "other apps",
-            evidence,
-        )
-    if exit_code != 0 and (line := _last_line_with(_NO_MEMORY, traces.log_tail)):
-        return Failure(
-            "out_of_memory",
-            f"the runner got no more memory ({line}); use a smaller bundle or context",
-            evidence,
-        )
-    if exit_code in (126, 127) or _NO_MODULE.search(traces.log_tail):
-        return Failure(
-            "runner_missing", f"the device has no runner that it can start ({last})", evidence
-        )
-    if traces.storage_full:
-        return _storage_full(traces, evidence)
-    if exit_code is None:
-        return Failure(
-            "crash_signal",
-            "the run vanished without an exit code: all its processes were killed, most likely "
-            "for want of memory or by hand",
-            evidence | {"signal": "SIGKILL"},
-        )
-    if 0 < number < 65:
-        name = _signal_name(number)
-        why = ", most likely for want of memory or by hand" if number == 9 else ""
-        return Failure(
-            "crash_signal",
-            f"the runner was killed by {name}{why} (its log ends with: {last})",
-            evidence | {"signal": name},
-        )
-    if exit_code == 0:
-        return Failure("internal", "the runner ended well and left no result", evidence)
-    return Failure("internal", f"the runner ended with {exit_code} ({last})", evidence)
-
-
-def _storage_full(traces: Traces, evidence: Mapping[str, Any]) -> Failure:
-    free = "" if traces.free_bytes is None else f" ({traces.free_bytes} bytes are free)"
-    return Failure(
-        "storage_full",
-        f"the device had no room for what the run writes{free}; delete something there, or remove "
-        "earlier bundles with `pocketdiff clean`",
-        traces.said() | dict(evidence),
-    )
-
-
-def _start_command(folder: str, runner: str) -> str:
-    """Start once, whatever breaks: whoever makes the folder `started` does it.
-
-    The exit code has its block on the disk from the beginning, so that a full disk takes it.
-    """
-    script = (
-        "read -r s </proc/$$/stat; set -- ${s##*) }; t=${20}\n"
-        "b=; { read -r b </proc/sys/kernel/random/boot_id; } 2>/dev/null\n"
-        'echo 000 >exit.part && echo "$$ $t $b" >pid.part && mv pid.part pid || exit\n'
-        f"{runner}\n"
-        "echo $? 1<>exit.part && mv exit.part exit\n"
-    )
-    return (
-        f"cd {quote(folder)} || exit\n"
-        'b=; { read -r b </proc/sys/kernel/random/boot_id; } 2>/dev/null; echo "boot $b"\n'
-        "grep '^oom_kill ' /proc/vmstat 2>/dev/null\n"
-        "[ -d started ] && exit 0\n"
-        "mkdir started || exit\n"
-        f"setsid sh -c {quote(script)} </dev/null >log.txt 2>&1 &\n"
-        # adbd hangs up when this shell ends; by then the run must have a session of its own.
-        "i=0; until [ -e pid ] || [ $i -ge 50 ]; do sleep 0.02; i=$((i+1)); done\n"
-    )
-
-
-def _poll_command(folder: str, marker: str, offset: int, each_poll: str) -> str:
-    return (
-        f"cd {quote(folder)} || exit\n"
-        "b= p= t= r= s= x=\n"
-        "{ read -r b </proc/sys/kernel/random/boot_id; read -r p t r <pid\n"
-        '[ -n "$p" ] && read -r s </proc/$p/stat; read -r x <exit; } 2>/dev/null\n'
-        'echo "boot $b"; echo "pid $p $t $r"; echo "stat $s"; echo "exit $x"\n'
-        f"{each_poll}\n"
-        "echo sensors\n"
-        f"{sensors.POLL_COMMAND}"
-        f"echo; echo {quote(marker)}\n"
-        f"tail -c +{offset + 1} {EVENTS_FILE} 2>/dev/null | head -c {MAXIMUM_POLL_BYTES}\n"
-    )
-
-
-def _examine_command(folder: str) -> str:
-    return (
-        "grep '^oom_kill ' /proc/vmstat 2>/dev/null\n"
-        f"echo \"free $(stat -f -c '%a %S' {quote(folder)} 2>/dev/null)\"\n"
-        "if command -v logcat >/dev/null; then\n"
-        'echo "lmkd $(logcat -d -t 500 -s lowmemorykiller:* lmkd:* 2>/dev/null |'
-        ' grep -i kill | grep -i -e pocketdiff -e export.host.runner | tail -n 1)"\nfi\n'
-        f"echo; echo log; tail -c {LOG_TAIL_BYTES} {quote(folder + '/log.txt')} 2>/dev/null\n:\n"
-    )
-
-
-def _tagged(text: str) -> dict[str, str]:
-    """Lines `name value`; the first of a name counts, lengths are bounded."""
-    said: dict[str, str] = {}
-    for line in text[: 2**16].splitlines():
-        name, _, value = line.partition(" ")
-        said.setdefault(name[:32], value[:1000].strip())
-    return said
-
-
-def _integer(text: str) -> int | None:
-    return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
-
-
-def _log_text(text: str) -> str:
-    """The end of the log, printable and with its line ends."""
-    lines = text[-LOG_TAIL_BYTES:].split("\n")
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines).strip()
-
-
-def _last_line_with(pattern: re.Pattern[str], text: str) -> str:
-    return next((excerpt(line) for line in reversed(text.split("\n")) if pattern.search(line)), "")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -220,14 +220,15 @@ def bench(
     A table goes to stderr; the only line of stdout is the report as one compact JSON document.
     Exit code 2 if any run failed.
     """
-    from device_tests.bench import measurement as benches
-    from device_tests.bench import remote_run
+    from device_tests.bench import measurement, workload
+    from device_tests.bench.plan import BenchPlan
+    from device_tests.bench.runner import choose_runner
     from device_tests.remote import conditions
     from device_tests.results import records
     from device_tests.results import report as reports
     from export.contract.bundle import open_bundle
 
-    plan = benches.BenchPlan(
+    plan = BenchPlan(
         passes={"cold": cold, "warm_up": 1, "speed": speed, "natural": natural, "memory": memory}
         | ({} if puzzles is None else {"puzzles": puzzle_runs}),
         puzzles=puzzles,
@@ -250,16 +251,16 @@ def bench(
             f"{results} has runs already; give another --results, or --resume to go on with it"
         )
     # Refused before anything large is read, or a device looked for.
-    benches.prepare(plan, open_bundle(folder, verify=False))
+    workload.prepare(plan, open_bundle(folder, verify=False))
     bundle = _verified(folder)
     from scripts.bench_view import BenchView
 
     with _device(serial, via, local) as transport:
-        runner = remote_run.choose_runner(conditions.read_device(transport).android_sdk)
+        runner = choose_runner(conditions.read_device(transport).android_sdk)
         _tell_memory(transport, bundle)
         deployment = _deploy(transport, bundle)
         with reporting("measuring") as reporter:
-            outcome = benches.bench(
+            outcome = measurement.bench(
                 transport,
                 bundle,
                 deployment,

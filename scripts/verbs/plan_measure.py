@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 APP_SHARE = 0.8
 """Of a machine that runs Linux without a desktop; as of the boards that come with the project."""
 TIMEOUT_S = 540.0
-"""Shorter than what makes the lock of a device stale: no sign of life is given meanwhile."""
+"""Shorter than what makes the lock of a device stale: no heartbeat is sent meanwhile."""
 REMOTE = "measure"
 
 
@@ -132,11 +132,12 @@ def _there(
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], str, str]:
     """Lower the programs, push them, measure as the only one there, take them away again."""
-    from device_tests.bench import device_lock, remote_run
+    from device_tests.bench import device_lock
+    from device_tests.bench.runner import choose_runner
     from device_tests.errors import DeviceBusy
     from device_tests.remote import conditions
     from device_tests.remote import files as remote_files
-    from device_tests.remote.shell import DEVICE_ROOT, quote, run_checked
+    from device_tests.remote.shell import DEVICE_ROOT, run_checked
     from device_tests.results.plain_text import plain
     from export.measurement.programs import write_programs
     from scripts.verbs.device_verbs import _device
@@ -144,7 +145,7 @@ def _there(
     lock_name = f"plan-measure-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     with _device(serial, via, local) as transport:
         device = conditions.read_device(transport)
-        runner = remote_run.choose_runner(device.android_sdk)
+        runner = choose_runner(device.android_sdk)
         remote = f"{DEVICE_ROOT}/{REMOTE}"
         run = lambda command, timeout_s=30.0: run_checked(transport, command, timeout_s)  # noqa: E731
         if (holder := device_lock.holder(transport)) is not None:  # before lowering, which is long
@@ -165,9 +166,8 @@ def _there(
                         transport.push(source, f"{remote}/{path.name}", path.stat().st_size)
                     lock.beat()
                 say(f"measuring {transport.serial}")
-                words = [runner.python, "-P", "-m", "export.measurement.measure", remote]
-                words += [] if threads is None else [str(threads)]
-                command = f"PYTHONPATH={quote(runner.root)} {quote(*words)}"
+                words = [remote] if threads is None else [remote, str(threads)]
+                command = runner.module_command("export.measurement.measure", *words)
                 answer = run_checked(transport, command, TIMEOUT_S)
             finally:
                 remote_files.remove(run, [remote])

@@ -13,23 +13,22 @@ import pytest
 
 from device_tests.adb.server import ServerAddress, open_server
 from device_tests.adb.transport import Transport
-from device_tests.bench import measurement as module
 from device_tests.bench.deploy import deploy
 from device_tests.bench.device_lock import DeviceLock, holder
-from device_tests.bench.measurement import (
+from device_tests.bench.events import (
     BenchEvent,
-    BenchPlan,
+    BenchOutcome,
     BenchStarted,
     GateWaiting,
     RunEnded,
     RunProgress,
     RunStarted,
-    bench,
-    prepare,
-    random_prompt,
-    workload,
 )
-from device_tests.bench.remote_run import RUNS_FOLDER, LinuxRunner
+from device_tests.bench.measurement import bench
+from device_tests.bench.plan import BenchPlan
+from device_tests.bench.run_folder import RUNS_FOLDER
+from device_tests.bench.runner import LinuxRunner
+from device_tests.bench.workload import prepare, random_prompt, workload
 from device_tests.errors import DeviceBusy
 from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import MakeLocalDevice
@@ -80,12 +79,10 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def run_bench(
-    transport: Transport, bundle: Bundle, tmp_path: Path
-) -> Callable[..., module.BenchOutcome]:
+def run_bench(transport: Transport, bundle: Bundle, tmp_path: Path) -> Callable[..., BenchOutcome]:
     """A bench with scripted runs; records go to results.jsonl."""
 
-    def run(plan: BenchPlan, runner: object = None, **options: object) -> module.BenchOutcome:
+    def run(plan: BenchPlan, runner: object = None, **options: object) -> BenchOutcome:
         options = {"transport": transport} | options
         return bench(
             options.pop("transport"), bundle, DEPLOYMENT, runner or Scripted(), plan,
@@ -408,7 +405,9 @@ def test_a_bench_that_was_killed_is_resumed(
 ) -> None:
     results = tmp_path / "results.jsonl"
     code = (
-        "from device_tests.bench.measurement import *; from tests.support.bench_tools import *\n"
+        "from device_tests.bench.measurement import bench\n"
+        "from tests.support.bench_tools import *\n"
+        "from device_tests.bench.plan import BenchPlan\n"
         "from export.contract.bundle import open_bundle\n"
         f"device = type('Device', (), {{'port': {local_device.port}}})\n"
         f"bench(connect(device), open_bundle({str(tmp_path / 'bundle')!r}), DEPLOYMENT, "

@@ -18,13 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from device_tests.bench.deploy import (
-    TransferDamaged,
-    bundle_id,
-    clean,
-    deploy,
-    deployed,
-)
+from device_tests.bench.deploy import deploy
+from device_tests.bench.inventory import bundle_id, clean, deployed
+from device_tests.bench.transfer import TransferDamaged
 from device_tests.errors import (
     CommandFailed,
     DeviceBusy,
@@ -895,7 +891,7 @@ def test_a_file_beyond_4_gib_goes_on_at_its_end(
     (tools / "sha256sum").chmod(0o755)
     monkeypatch.setattr(remote_files, "hash_program", lambda _: remote_files.SHA256SUM)
     monkeypatch.setattr(remote_files, "chunk_sha256s", chunks)
-    monkeypatch.setattr("device_tests.bench.deploy._sha256_of_range", same)
+    monkeypatch.setattr("device_tests.bench.transfer._sha256_of_range", same)
     device = FolderTransport(path=f"{tools}:{os.environ['PATH']}")
     done = deploy(device, bundle, root=root, chunk_bytes=64 * 2**20)
     assert (str(part), 5 * 2**30, 123) in device.pushed

@@ -21,7 +21,8 @@ import pytest
 from device_tests.adb.direct import open_tcp
 from device_tests.adb.server import open_server
 from device_tests.adb.transport import Transport
-from device_tests.bench.deploy import Deployment, clean, deploy, deployed
+from device_tests.bench.deploy import Deployment, deploy
+from device_tests.bench.inventory import clean, deployed
 from device_tests.errors import StorageFull
 from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import MakeLocalDevice

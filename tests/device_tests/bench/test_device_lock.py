@@ -39,7 +39,7 @@ def from_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def age(transport: Transport, minutes: int) -> None:
-    """Make the last sign of life older."""
+    """Make the last heartbeat older."""
     command = f"touch -d @$(( $(date +%s) - 60 * {minutes} )) {LOCK_FOLDER}/beat"
     assert transport.shell(command).exit_code == 0
 
@@ -152,7 +152,7 @@ def test_only_one_of_two_that_saw_a_stale_lock_gets_it(
     DeviceLock(transport, "dead").acquire()
     age(transport, 11)
     slow, quick = DeviceLock(transport, "slow"), DeviceLock(transport, "quick")
-    seen = slow._patiently_look()
+    seen = slow._look()
     quick.acquire()
     slow._take_over(seen)
     assert holder(transport).bench_id == "quick"

@@ -23,23 +23,16 @@ from hypothesis import strategies as st
 
 from device_tests.adb.direct import open_tcp
 from device_tests.adb.transport import Transport
-from device_tests.bench import remote_run
+from device_tests.bench import remote_run, run_folder
 from device_tests.bench.deploy import Deployment, deploy
-from device_tests.bench.remote_run import (
-    Interrupted,
-    LinuxRunner,
-    RunOutcome,
-    Sample,
-    Traces,
-    choose_runner,
-    name_failure,
-    parse_poll,
-    parse_traces,
-    start,
-)
+from device_tests.bench.failures import Traces, name_failure, parse_traces
+from device_tests.bench.remote_run import Interrupted, RunOutcome, Sample, start
+from device_tests.bench.run_folder import RUNS_FOLDER, parse_poll
+from device_tests.bench.runner import LinuxRunner, choose_runner
 from device_tests.errors import DeviceError, DeviceGone, ProtocolError, StorageFull
 from device_tests.local.device import LocalDevice, LocalDeviceUnavailable
 from device_tests.local.fixture import MakeLocalDevice
+from device_tests.remote.retry import retry_while_gone
 from device_tests.results.records import REASONS
 from export.contract.bundle import open_bundle
 from export.contract.runner_protocol import RunRequest
@@ -62,7 +55,7 @@ POLL_S = 0.05
 def transport(local_device: LocalDevice) -> Iterator[Transport]:
     with connect(local_device) as transport:
         yield transport
-        transport.shell(f"rm -rf {remote_run.RUNS_FOLDER}")
+        transport.shell(f"rm -rf {RUNS_FOLDER}")
 
 
 def run_script(transport: Transport, run_id: str, script: str, **options: float) -> RunOutcome:
@@ -112,7 +105,7 @@ def test_a_run_is_started_once_even_if_it_is_asked_for_twice(transport: Transpor
 def test_more_events_than_fit_in_an_answer_all_arrive(
     transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_run, "MAXIMUM_POLL_BYTES", 1000)
+    monkeypatch.setattr(run_folder, "MAXIMUM_POLL_BYTES", 1000)
     script = "".join(tell(step(number)) for number in range(1, 41)) + result("many")
     outcome = run_script(transport, "many", script)
     assert outcome.failure is None
@@ -189,7 +182,7 @@ def test_a_hang_is_named_and_every_process_of_it_killed(
     memory = {"event": "memory", "t_ms": 5} | dict.fromkeys(
         ("rss_bytes", "pss_bytes", "anonymous_bytes", "file_bytes", "swap_bytes", "major_faults",
          "minor_faults"), 1)  # fmt: skip
-    # A timer that goes on telling is no sign of life.
+    # A timer that goes on telling does not show that the run goes on.
     script = f"{started('hung')}sleep 603 & while :; do {tell(memory)} sleep 0.05; done"
     outcome = run_script(transport, "hung", script, hang_s=0.5)
     assert outcome.failure.reason == "hang"
@@ -488,11 +481,11 @@ def test_a_device_that_answers_nonsense_is_given_up() -> None:
 
     device = Nonsense()
     with pytest.raises(ProtocolError):
-        remote_run.patiently(device, call, 0.2)  # type: ignore[arg-type]
+        retry_while_gone(device, call, 0.2)  # type: ignore[arg-type]
     assert device.found >= 2
     with pytest.raises(DeviceGone):
 
         def gone() -> None:
             raise DeviceGone("gone")
 
-        remote_run.patiently(device, gone, 0.0)  # type: ignore[arg-type]
+        retry_while_gone(device, gone, 0.0)  # type: ignore[arg-type]

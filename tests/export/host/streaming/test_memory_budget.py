@@ -22,8 +22,10 @@ import pytest
 from benchmarks.memory_cgroup import CannotLimit, memory_group
 from device_tests.bench.deploy import deploy
 from device_tests.bench.inventory import clean
-from device_tests.bench.measurement import BenchPlan, bench, packed_folder
-from device_tests.bench.remote_run import LinuxRunner
+from device_tests.bench.measurement import bench
+from device_tests.bench.plan import BenchPlan
+from device_tests.bench.runner import LinuxRunner
+from device_tests.bench.workload import packed_folder
 from device_tests.local.device import LocalDevice
 from device_tests.results import records
 from export.contract.bundle import Bundle, open_bundle

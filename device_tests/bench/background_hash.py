@@ -46,7 +46,7 @@ h=$(all | $program)
 
 
 @dataclass(frozen=True)
-class FollowingHash:
+class BackgroundHash:
     """A process on the device that hashes the file at `path` behind its writer.
 
     inode: of the file that it reads. sum_path: a file beside it that holds the hash at the end.
@@ -60,7 +60,7 @@ class FollowingHash:
     @classmethod
     def start(
         cls, run: Run, path: str, stem: str, size_bytes: int, chunk_bytes: int, program: str
-    ) -> FollowingHash:
+    ) -> BackgroundHash:
         """Begin to follow `path`, which is made if it is not there.
 
         stem: path without a suffix, for what is written beside. size_bytes: of the whole file,

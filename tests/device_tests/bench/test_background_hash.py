@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from device_tests.bench.following_hash import FollowingHash
+from device_tests.bench.background_hash import BackgroundHash
 from device_tests.remote.files import SHA256SUM, Run
 from device_tests.remote.shell import quote, run_checked
 from tests.device_tests.bench.test_deploy import random_bytes
@@ -41,19 +41,19 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def following(run: Run, path: Path, tmp_path: Path) -> Iterator[FollowingHash]:
+def following(run: Run, path: Path, tmp_path: Path) -> Iterator[BackgroundHash]:
     following = start(run, path, tmp_path)
     yield following
     Path(following.sum_path).unlink(missing_ok=True)
     wait_until(lambda: not is_alive(following))
 
 
-def start(run: Run, path: Path, folder: Path) -> FollowingHash:
+def start(run: Run, path: Path, folder: Path) -> BackgroundHash:
     stem = str(folder / "it's a file")
-    return FollowingHash.start(run, str(path), stem, len(CONTENT), CHUNK, SHA256SUM)
+    return BackgroundHash.start(run, str(path), stem, len(CONTENT), CHUNK, SHA256SUM)
 
 
-def finish(run: Run, following: FollowingHash) -> str:
+def finish(run: Run, following: BackgroundHash) -> str:
     """The hash as whoever moves the file takes it, "" if there is none."""
     path = quote(following.path)
     command = (
@@ -68,13 +68,13 @@ def append(path: Path, begin: int, end: int) -> None:
         file.write(CONTENT[begin:end])
 
 
-def position(following: FollowingHash) -> int:
+def position(following: BackgroundHash) -> int:
     """How far the process on the device has read its standard input."""
     first = Path(f"/proc/{following.process}/fdinfo/0").read_text().splitlines()[0]
     return int(first.split()[1])
 
 
-def is_alive(following: FollowingHash) -> bool:
+def is_alive(following: BackgroundHash) -> bool:
     try:
         state = Path(f"/proc/{following.process}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -90,7 +90,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_chunks_are_read_when_the_next_one_has_begun(
-    run: Run, path: Path, following: FollowingHash
+    run: Run, path: Path, following: BackgroundHash
 ) -> None:
     append(path, 0, CHUNK)
     time.sleep(0.5)
@@ -111,7 +111,7 @@ def test_what_was_there_already_is_hashed_too(run: Run, path: Path, tmp_path: Pa
 
 
 def test_a_process_that_was_killed_gives_no_hash(
-    run: Run, path: Path, following: FollowingHash
+    run: Run, path: Path, following: BackgroundHash
 ) -> None:
     os.killpg(int(following.process), signal.SIGKILL)
     append(path, 0, len(CONTENT))
@@ -119,7 +119,7 @@ def test_a_process_that_was_killed_gives_no_hash(
 
 
 def test_another_file_of_the_name_is_not_vouched_for(
-    run: Run, path: Path, following: FollowingHash
+    run: Run, path: Path, following: BackgroundHash
 ) -> None:
     append(path, 0, len(CONTENT))
     other = path.with_name("other")
@@ -129,7 +129,7 @@ def test_another_file_of_the_name_is_not_vouched_for(
 
 
 def test_no_hash_while_another_writes_the_same(
-    run: Run, path: Path, following: FollowingHash, tmp_path: Path
+    run: Run, path: Path, following: BackgroundHash, tmp_path: Path
 ) -> None:
     second = start(run, path, tmp_path)
     append(path, 0, len(CONTENT))
@@ -137,7 +137,7 @@ def test_no_hash_while_another_writes_the_same(
     assert finish(run, second) == SHA256
 
 
-def test_a_process_whose_files_are_cleaned_away_ends(path: Path, following: FollowingHash) -> None:
+def test_a_process_whose_files_are_cleaned_away_ends(path: Path, following: BackgroundHash) -> None:
     append(path, 0, CHUNK + 1)
     Path(following.sum_path).unlink()
     wait_until(lambda: not is_alive(following))
