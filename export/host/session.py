@@ -6,8 +6,8 @@ nothing needs torch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,7 +66,7 @@ class Turn:
         self.end = session.length + canvas_count * self.info.canvas_length
         self._listener = on_event
         self._cancel = cancel
-        self._began = time.perf_counter()
+        self._began = perf_counter()
         self._layers_ms = 0.0
         self._head_ms = 0.0
         self._steps: list[StepStats] = []
@@ -152,7 +152,7 @@ class Turn:
         while (start := session.cached) < end:
             self._stop_if_cancelled()
             tokens = session.span(start, min(start + chunk_length, end))
-            began = time.perf_counter()
+            began = perf_counter()
             hidden = run(tokens, start)
             ms = _ms_since(began)
             session.set_cached(start + len(tokens))
@@ -170,7 +170,7 @@ class Turn:
     def run_layers(self, *inputs: Any) -> Any:
         """The model's layers by the clock, as one step's; returns hidden states."""
         self._stop_if_cancelled()
-        began = time.perf_counter()
+        began = perf_counter()
         hidden = self.model.layers(*inputs)
         self._layers_ms = _ms_since(began)
         return hidden
@@ -178,7 +178,7 @@ class Turn:
     def run_head(self, hidden: Any, *inputs: Any) -> Any:
         """The model's head by the clock, as one step's; returns what the style's head returns."""
         self._stop_if_cancelled()
-        began = time.perf_counter()
+        began = perf_counter()
         output = self.model.head(hidden, *inputs)
         self._head_ms = _ms_since(began)
         return output
@@ -215,9 +215,9 @@ class Turn:
 
     def emit(self, event: Event) -> None:
         """Pass an event to the caller; the time that this takes does not count."""
-        began = time.perf_counter()
+        began = perf_counter()
         self._listener(event)
-        self._began += time.perf_counter() - began
+        self._began += perf_counter() - began
 
     def _stop_if_cancelled(self) -> None:
         if self._cancel():
@@ -394,4 +394,4 @@ class Session:
 
 
 def _ms_since(began: float) -> float:
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (perf_counter() - began)

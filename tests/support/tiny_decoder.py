@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from export.contract.bundle import (
     SpecialTokens,
     Stage,
     StyleName,
+    TensorSpec,
     write_bundle,
 )
 from export.exporter import _describe
@@ -231,3 +233,19 @@ def _bundle(
     )
     files = {stage.file: folder / stage.file for stage in stages}
     return write_bundle(folder / "bundle", manifest, files)
+
+
+def with_stage(bundle: Bundle, index: int, change: Callable[[Stage], Stage]) -> Bundle:
+    """The bundle with one stage of its manifest replaced."""
+    stages = list(bundle.manifest.stages)
+    stages[index] = change(stages[index])
+    return replace(bundle, manifest=replace(bundle.manifest, stages=tuple(stages)))
+
+
+def resized(stage: Stage, name: str, shape: tuple[int, ...]) -> Stage:
+    """The stage with another shape of one of its inputs."""
+
+    def change(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, shape=shape) if spec.name == name else spec
+
+    return replace(stage, inputs=tuple(map(change, stage.inputs)))

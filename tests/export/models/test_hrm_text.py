@@ -291,7 +291,7 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def load_program(path: Path):
-    """A .pte as a function of tensors, loaded as export/host/runtime.py does."""
+    """A .pte as a function of tensors, loaded as export/host/bundle_engine.py does."""
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.pybindings import _C
 

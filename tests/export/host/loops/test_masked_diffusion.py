@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.contract.bundle import Bundle, SpecialTokens, Stage, TensorSpec
+from export.contract.bundle import SpecialTokens
 from export.contract.styles.masked_diffusion import MaskedDiffusion, MaskedDiffusionSettings
 from export.heads.samplers import masked
 from export.host.bundle_engine import open_engine
@@ -46,10 +46,11 @@ from tests.support.tiny_decoder import (
     SPECIAL,
     VOCABULARY,
     Weights,
-    hollow_bundle,
     lowered_bundle,
     plain_logits,
+    resized,
     staged,
+    with_stage,
 )
 
 Session = MaskedDiffusionSession
@@ -469,9 +470,6 @@ def test_settings_of_a_checkpoint_that_cannot_be_are_refused() -> None:
         eager_engine(model)
 
 
-# --- ExecuTorch ---------------------------------------------------------------------------------
-
-
 BLOCKS: dict[str, Any] = {"canvas_length": 8, "block_length": 8, "shift": 1, "prefill_length": 24}
 
 
@@ -488,7 +486,7 @@ def test_the_bundle_gives_the_tokens_of_the_eager_model(tmp_path: Path) -> None:
         assert found.tokens == expected.tokens
         assert len(found.steps) == len(expected.steps)
     # A manifest whose lengths are not those of the program.
-    longer = _with_stage(bundle, 0, lambda stage: _resized(stage, "tokens", (1, 25)))
+    longer = with_stage(bundle, 0, lambda stage: resized(stage, "tokens", (1, 25)))
     with pytest.raises(BundleError, match=r"layers\.pte has inputs.*bundle.json says"):
         open_engine(longer)
 
@@ -499,44 +497,3 @@ def test_the_stages_are_those_of_the_heads() -> None:
     assert head.input_names == MaskedDiffusion.head_inputs
     assert head.output_names == MaskedDiffusion.head_outputs
     assert MaskedDiffusionSettings.array_fields() == masked.SETTINGS
-
-
-def _with_stage(bundle: Bundle, index: int, change: Callable[[Stage], Stage]) -> Bundle:
-    stages = list(bundle.manifest.stages)
-    stages[index] = change(stages[index])
-    return replace(bundle, manifest=replace(bundle.manifest, stages=tuple(stages)))
-
-
-def _resized(stage: Stage, name: str, shape: tuple[int, ...]) -> Stage:
-    def change(spec: TensorSpec) -> TensorSpec:
-        return replace(spec, shape=shape) if spec.name == name else spec
-
-    return replace(stage, inputs=tuple(map(change, stage.inputs)))
-
-
-def test_stages_that_do_not_fit_the_loop_are_refused(tmp_path: Path) -> None:
-    bundle = hollow_bundle(staged(weights(), "masked_diffusion", **BLOCKS), tmp_path)
-    info, decoding = bundle.manifest.model, bundle.manifest.decoding
-    assert decoding is not None
-    cases: list[tuple[Bundle, str]] = [
-        (_with_stage(bundle, 1, lambda s: replace(s, inputs=s.inputs[:-1])), "does not understand"),
-        (_with_stage(bundle, 1, lambda s: _resized(s, "hidden", (1, 24, 8))), "is given float32"),
-        (_with_stage(bundle, 1, lambda s: _resized(s, "rows", (4,))), "the loop gives up to 8"),
-        (
-            _with_stage(bundle, 0, lambda s: _resized(s, "tokens", (1, 9))),
-            "the loop gives up to 24",
-        ),
-        (bundle, "cannot be loaded by ExecuTorch"),
-    ]
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"style": "autoregressive"}, "canvas of 8 tokens, expected 1"),
-        ({"decoding": None}, "masked_diffusion and does not say how"),
-        ({"decoding": replace(decoding, prefill_length=30)}, "up to 30"),
-        ({"model": replace(info, canvas_length=5)}, "does not divide"),
-    ]
-    for change, says in changes:
-        cases.append((replace(bundle, manifest=replace(bundle.manifest, **change)), says))
-    for changed, says in cases:
-        with pytest.raises(BundleError, match=says) as caught:
-            open_engine(changed)
-        assert "\n" not in str(caught.value)
