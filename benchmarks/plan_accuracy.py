@@ -76,7 +76,7 @@ def _run(bundle: Path) -> dict[str, float]:
     is_causal = manifest["style"] == "autoregressive"
     request = {
         "protocol": 1, "run_id": "accuracy", "bundle": str(bundle), "bundle_sha256": None,
-        "prompt": {"tokens": list(range(100, 100 + PROMPT))},
+        "prompts": [list(range(100, 100 + PROMPT))],
         "max_new_tokens": TOKENS if is_causal else canvas, "verify": False, "threads": THREADS,
         "cold": False, "warmup_steps": 2, "seed": 0, "force_steps": 1 if is_causal else STEPS,
         "settings": None, "memory_interval_ms": None, "memory_limit_bytes": None,
@@ -94,7 +94,9 @@ def _run(bundle: Path) -> dict[str, float]:
             raise SystemExit(f"{bundle}: {done.stderr[-1000:]}")
         result = json.loads((folder / "result.json").read_text())
     steps = [
-        step["layers_ms"] + step["head_ms"] for made in result["canvases"] for step in made["steps"]
+        step["layers_ms"] + step["head_ms"]
+        for made in result["answers"][0]["canvases"]
+        for step in made["steps"]
     ]
     return {
         "step_ms": statistics.median(steps),

@@ -15,6 +15,7 @@ from device_tests.results.records import PASSES, Pass
 from export.contract import philox
 from export.contract.bundle import Bundle, Manifest
 from export.contract.runner_protocol import RunRequest
+from export.contract.scalars import Prompt
 from export.host.puzzles import Puzzle, held_out
 from quantize.errors import InputError
 
@@ -124,8 +125,14 @@ def run_request(
     puzzles: Sequence[Puzzle],
 ) -> RunRequest:
     """The request of a run whose workload is `work`."""
-    count, budget_bytes = work["prompt_tokens"], work.get("memory_budget_bytes")
-    is_puzzles = run.pass_ == "puzzles"
+    budget_bytes = work.get("memory_budget_bytes")
+    prompts: tuple[Prompt, ...]
+    if run.pass_ == "puzzles":
+        prompts = tuple(puzzle.prompt for puzzle in puzzles)
+    elif work["prompt_text"] is not None:
+        prompts = (work["prompt_text"],)
+    else:
+        prompts = (random_prompt(manifest, work["prompt_tokens"], plan.seed),)
     return RunRequest(
         run_id=run_id,
         bundle=deployment.remote_folder,
@@ -133,9 +140,7 @@ def run_request(
         threads=run.threads,
         cold=run.pass_ == "cold",
         warmup_steps=work["warmup_steps"],
-        prompt_text=work["prompt_text"],
-        prompt_tokens=None if count is None else random_prompt(manifest, count, plan.seed),
-        prompts=tuple(puzzle.prompt for puzzle in puzzles) if is_puzzles else None,
+        prompts=prompts,
         max_new_tokens=work["max_new_tokens"],
         seed=work["seed"],
         force_steps=work["force_steps"],

@@ -149,6 +149,12 @@ def _answers(record: Record, *names: str) -> list[float]:
     return [sum(row) for row in rows if None not in row]
 
 
+def _steps_of_answers(record: Record) -> list[int]:
+    """Denoising steps of each answer."""
+    answers = map(_mapping, _list(_result(record).get("answers")))
+    return [len(_steps_of(_canvases_of(answer))) for answer in answers]
+
+
 def _median_of_answers(name: str) -> Callable[[Record], float | None]:
     return lambda record: statistic_of(_answers(record, name), "median")
 
@@ -159,12 +165,12 @@ def _answers_tokens_per_s(record: Record) -> float | None:
 
 
 def _forwards_per_answer(record: Record) -> float | None:
-    forwards = _answers(record, "steps", "encodings")
-    return _ratio(sum(forwards), len(forwards))
+    steps, encodings = _steps_of_answers(record), _answers(record, "encodings")
+    return _ratio(sum(steps) + sum(encodings), len(steps)) if len(steps) == len(encodings) else None
 
 
 def _answers_tokens_per_forward(record: Record) -> float | None:
-    tokens, steps = _answers(record, "new_tokens"), _answers(record, "steps")
+    tokens, steps = _answers(record, "new_tokens"), _steps_of_answers(record)
     return _ratio(sum(tokens), sum(steps)) if len(tokens) == len(steps) else None
 
 
@@ -203,16 +209,34 @@ def _result(record: Record) -> Mapping[str, Any]:
     return _mapping(record.get("result"))
 
 
+def answer(record: Record) -> Mapping[str, Any]:
+    """The answer of a run of one prompt."""
+    answers = _list(_result(record).get("answers"))
+    return _mapping(answers[0]) if len(answers) == 1 else {}
+
+
 def _field(name: str) -> Callable[[Record], float | None]:
     return lambda record: _number(_result(record).get(name))
 
 
+def _answer_field(name: str) -> Callable[[Record], float | None]:
+    return lambda record: _number(answer(record).get(name))
+
+
 def _canvases(record: Record) -> list[Mapping[str, Any]]:
-    return [_mapping(canvas) for canvas in _list(_result(record).get("canvases"))]
+    return _canvases_of(answer(record))
+
+
+def _canvases_of(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [_mapping(canvas) for canvas in _list(answer.get("canvases"))]
 
 
 def _steps(record: Record) -> list[Mapping[str, Any]]:
-    return [_mapping(step) for canvas in _canvases(record) for step in _list(canvas.get("steps"))]
+    return _steps_of(_canvases(record))
+
+
+def _steps_of(canvases: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [_mapping(step) for canvas in canvases for step in _list(canvas.get("steps"))]
 
 
 def step_times(record: Record) -> list[float]:
@@ -268,8 +292,9 @@ def _cold_resident(record: Record) -> float | None:
 
 
 def _prefill_rate(record: Record) -> float | None:
-    result = _result(record)
-    return _ratio(_number(result.get("prompt_tokens")), _number(result.get("prompt_ms")), 1000)
+    return _ratio(
+        _number(answer(record).get("prompt_tokens")), _number(answer(record).get("prompt_ms")), 1000
+    )
 
 
 def _steps_per_canvas(record: Record) -> float | None:
@@ -282,22 +307,22 @@ def _accepted_per_step(record: Record) -> float | None:
 
 
 def _tokens_per_forward(record: Record) -> float | None:
-    return _ratio(_number(_result(record).get("new_tokens")), len(_steps(record)))
+    return _ratio(_number(answer(record).get("new_tokens")), len(_steps(record)))
 
 
 def _tokens_per_s(record: Record) -> float | None:
-    result = _result(record)
-    return _ratio(_number(result.get("new_tokens")), _number(result.get("total_ms")), 1000)
+    return _ratio(
+        _number(answer(record).get("new_tokens")), _number(answer(record).get("total_ms")), 1000
+    )
 
 
 def _tokens_per_s_with_padding(record: Record) -> float | None:
-    result = _result(record)
     committed = sum(len(_list(canvas.get("tokens"))) for canvas in _canvases(record))
-    return _ratio(committed, _number(result.get("total_ms")), 1000)
+    return _ratio(committed, _number(answer(record).get("total_ms")), 1000)
 
 
 def _encode_per_canvas(record: Record) -> float | None:
-    return _ratio(_number(_result(record).get("encode_ms")), len(_canvases(record)) - 1)
+    return _ratio(_number(answer(record).get("encode_ms")), len(_canvases(record)) - 1)
 
 
 def memory_samples(record: Record) -> list[Mapping[str, Any]]:
@@ -317,12 +342,12 @@ def _weights_field(name: str) -> Callable[[Record], float | None]:
 
 def _storage_per_token(record: Record) -> float | None:
     read = _weights_field("storage_bytes")(record)
-    return _ratio(read, _number(_result(record).get("new_tokens")))
+    return _ratio(read, _number(answer(record).get("new_tokens")))
 
 
 def _stalled(record: Record) -> float | None:
     stalled = _weights_field("streamed_stall_ms")(record)
-    return _ratio(stalled, _number(_result(record).get("total_ms")))
+    return _ratio(stalled, _number(answer(record).get("total_ms")))
 
 
 def _largest(name: str) -> Callable[[Record], float | None]:
@@ -449,27 +474,27 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "prompt_ms", "ms", "Prompt encoded", "Latency",
-        "result.prompt_ms: sum of the layers' time over the chunks of the prompt",
-        "lower", _SPEED, _field("prompt_ms"),
+        "answer.prompt_ms: sum of the layers' time over the chunks of the prompt",
+        "lower", _SPEED, _answer_field("prompt_ms"),
     ),
     Metric(
         "prefill_tokens_per_s", "tokens/s", "Prefill", "Latency",
-        "1000 * result.prompt_tokens / result.prompt_ms; the padding of the last chunk costs time "
+        "1000 * answer.prompt_tokens / answer.prompt_ms; the padding of the last chunk costs time "
         "and is not counted as tokens",
         "higher", _SPEED, _prefill_rate,
     ),
     Metric(
         "first_draft_ms", "ms", "Time to first draft", "Latency",
-        "result.first_draft_ms: from the call to the end of the first denoising step, prompt "
+        "answer.first_draft_ms: from the call to the end of the first denoising step, prompt "
         "included, loading excluded",
-        "lower", _SPEED, _field("first_draft_ms"), is_of_style=True,
+        "lower", _SPEED, _answer_field("first_draft_ms"), is_of_style=True,
         token_title="Time to first token",
     ),
     Metric(
         "first_commit_ms", "ms", "Time to first committed text", "Latency",
-        "result.first_commit_ms: from the call to the first canvas committed, prompt included, "
+        "answer.first_commit_ms: from the call to the first canvas committed, prompt included, "
         "loading excluded; the sampler decides how many steps that takes",
-        "lower", _NATURAL, _field("first_commit_ms"),
+        "lower", _NATURAL, _answer_field("first_commit_ms"),
     ),
     Metric(
         "step_ms", "ms", "Denoising step", "Steps",
@@ -505,13 +530,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "encode_ms", "ms", "Committed canvases encoded", "Steps",
-        "result.encode_ms: sum of the layers' time over the chunks of committed canvases; the last "
+        "answer.encode_ms: sum of the layers' time over the chunks of committed canvases; the last "
         "canvas is never encoded, so it is 0 for one canvas",
-        "lower", _SPEED, _field("encode_ms"), is_of_style=True,
+        "lower", _SPEED, _answer_field("encode_ms"), is_of_style=True,
     ),
     Metric(
         "encode_ms_per_canvas", "ms", "Commit of a canvas", "Steps",
-        "result.encode_ms / (canvases - 1); none for one canvas",
+        "answer.encode_ms / (canvases - 1); none for one canvas",
         "lower", _SPEED, _encode_per_canvas, is_of_style=True,
     ),
     Metric(
@@ -527,20 +552,20 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "tokens_per_forward", "tokens", "Tokens per forward", "Yield",
-        "result.new_tokens / denoising steps; new_tokens are committed tokens that are not "
+        "answer.new_tokens / denoising steps; new_tokens are committed tokens that are not "
         "padding, and encoding passes are not counted as steps",
         "higher", _NATURAL, _tokens_per_forward,
     ),
     Metric(
         "tokens_per_s", "tokens/s", "Tokens per second", "Yield",
-        "1000 * result.new_tokens / result.total_ms; total_ms is the whole call, prompt included, "
+        "1000 * answer.new_tokens / answer.total_ms; total_ms is the whole call, prompt included, "
         "loading excluded",
         "higher", _NATURAL, _tokens_per_s,
     ),
     Metric(
         "tokens_per_s_with_padding", "tokens/s", "Tokens per second with padding", "Yield",
         "1000 * committed tokens of all canvases, padding after the end included / "
-        "result.total_ms",
+        "answer.total_ms",
         "higher", _NATURAL, _tokens_per_s_with_padding, is_of_style=True,
     ),
     Metric(
@@ -641,13 +666,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "storage_bytes_per_token", "bytes", "Read from storage per token", "Memory",
-        "result.weights.storage_bytes / result.new_tokens: what the process had read from storage "
+        "result.weights.storage_bytes / answer.new_tokens: what the process had read from storage "
         "while it generated (read_bytes of /proc/self/io), with a memory budget",
         "lower", _NATURAL, _storage_per_token,
     ),
     Metric(
         "streaming_stall", "share", "Time waiting for weights", "Memory",
-        "result.weights.streamed_stall_ms / result.total_ms",
+        "result.weights.streamed_stall_ms / answer.total_ms",
         "lower", _SPEED, _stalled,
     ),
     Metric(

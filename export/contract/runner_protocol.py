@@ -1,28 +1,38 @@
-"""The runner protocol: the request a run begins with, the events it tells, the result it leaves.
+"""The runner protocol: the request a run begins with, its events, the result it leaves.
 
 Both sides use it, the runner on a device and the host, so it imports no torch. How a run is started
-and followed is not known here. The format is `runner_protocol.schema.json`, in words
-`docs/runner.md`.
+and followed is not known here. In words: `docs/runner.md`.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta, Struct
+
+from export.contract.scalars import (
+    AbsolutePath,
+    Count,
+    Label,
+    Ms,
+    Number,
+    Positive,
+    Prompt,
+    RunId,
+    Seed,
+    Sentence,
+    Sha256,
+    Share,
+    Text,
+    Tokens,
+    Versions,
+    check_seed,
+)
+from export.contract.validation import Format
 from quantize.errors import DeviceError
-
-PROTOCOL = 3
-"""The newest version spoken here: 2 has requests of several prompts, 3 a memory budget."""
-
-PROTOCOLS = (1, 2, 3)
-"""Every version spoken here: a request has the oldest that can say it, what it leaves the same."""
 
 REQUEST_FILE = "request.json"
 EVENTS_FILE = "events.jsonl"
@@ -37,118 +47,59 @@ EXIT_OK = 0
 EXIT_FAILED = 3
 """The run failed and said why; every other exit code is a crash."""
 
-EVENTS = frozenset(
-    {
-        "started",
-        "loaded",
-        "warmed_up",
-        "prefill",
-        "step",
-        "canvas",
-        "text",
-        "answer",
-        "memory",
-        "temperature",
-        "done",
-        "failed",
-    }
-)
-"""The events of this version; a reader passes over others."""
-
 FailureReason = Literal[
     "bundle_refused", "out_of_memory", "input", "storage_full", "cancelled", "internal"
 ]
-
-_OF_VERSION_3 = ("memory_budget_bytes", "packed_weights")
-
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_MAXIMUM_QUOTE = 200
+Host = Literal["python", "cpp", "kotlin"]
 
 
 class RunnerProtocolError(DeviceError):
     """A request, event or result that breaks the runner protocol."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """What one run is to do; one of `prompt_text`, `prompt_tokens` and `prompts` is given.
+FORMAT = Format(
+    "runner protocol",
+    "protocol",
+    RunnerProtocolError,
+    "use a runner and a host of one version",
+)
 
-    prompts: texts that are answered one after the other, each as if it were alone. `bundle` is an
-    absolute folder on the device. Fields as in docs/runner.md.
-    """
 
-    run_id: str
-    bundle: str
-    max_new_tokens: int
-    prompt_text: str | None = None
-    prompt_tokens: tuple[int, ...] | None = None
-    prompts: tuple[str, ...] | None = None
-    bundle_sha256: str | None = None
+# --- the request ---------------------------------------------------------------------------------
+
+
+class RunRequest(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="protocol", tag=1
+):
+    """What one run is to do. Fields as in docs/runner.md."""
+
+    run_id: RunId
+    bundle: AbsolutePath
+    """Folder on the device."""
+    prompts: Annotated[tuple[Prompt, ...], Meta(min_length=1, max_length=2**16)]
+    """Answered one after the other, each as if it were alone, number n with `seed` + n."""
+    max_new_tokens: Positive
+    bundle_sha256: Sha256 | None = None
     verify: bool = False
-    threads: int | None = None
+    threads: Positive | None = None
     cold: bool = False
-    warmup_steps: int = 2
-    seed: int = 0
-    force_steps: int | None = None
-    settings: Mapping[str, float] | None = None
-    memory_interval_ms: int | None = None
-    memory_limit_bytes: int | None = None
-    memory_budget_bytes: int | None = None
-    packed_weights: str | None = None
+    warmup_steps: Annotated[int, Meta(ge=0, le=2**20)] = 2
+    seed: Seed = 0
+    force_steps: Positive | None = None
+    settings: Annotated[dict[str, Number], Meta(max_length=64)] | None = None
+    memory_interval_ms: Annotated[int, Meta(ge=1, le=3_600_000)] | None = None
+    memory_limit_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None
+    memory_budget_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] | None = None
+    packed_weights: AbsolutePath | None = None
 
-    @property
-    def protocol(self) -> int:
-        """The oldest version that can say this."""
-        if any(getattr(self, name) is not None for name in _OF_VERSION_3):
-            return 3
-        return 1 if self.prompts is None else 2
-
-    def to_json(self) -> dict[str, Any]:
-        """The request as it stands in request.json. Raises RunnerProtocolError if not valid."""
-        document: dict[str, Any] = {"protocol": self.protocol} | asdict(self)
-        text, tokens = document.pop("prompt_text"), document.pop("prompt_tokens")
-        prompts = document.pop("prompts")
-        given = sum(prompt is not None for prompt in (text, tokens, prompts))
-        if given != 1:
-            raise RunnerProtocolError(
-                "a request needs a prompt as text or as tokens, or several texts, one of these; "
-                f"{('none was', '', 'two were', 'all were')[given]} given"
-            )
-        if prompts is not None:
-            document["prompts"] = list(prompts)
-        else:
-            document["prompt"] = {"text": text} if tokens is None else {"tokens": list(tokens)}
-        if self.settings is not None:
-            document["settings"] = dict(self.settings)
-        if self.protocol < 3:
-            for name in _OF_VERSION_3:
-                del document[name]
-        _check("request", document, "the request")
-        return document
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def to_bytes(self) -> bytes:
-        """The content of request.json. Raises RunnerProtocolError if it is not valid."""
-        content = _dump(self.to_json(), "the request") + b"\n"
-        if len(content) > MAXIMUM_REQUEST_BYTES:
-            raise RunnerProtocolError(
-                f"the request has {len(content)} bytes, at most {MAXIMUM_REQUEST_BYTES} are read; "
-                "shorten the prompt"
-            )
-        return content
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> RunRequest:
-        """A request from a document that the schema accepts."""
-        fields = dict(document)
-        del fields["protocol"]
-        prompt, prompts = fields.pop("prompt", {}), fields.pop("prompts", None)
-        tokens = prompt.get("tokens")
-        return cls(
-            prompt_text=prompt.get("text"),
-            prompt_tokens=None if tokens is None else tuple(int(token) for token in tokens),
-            prompts=None if prompts is None else tuple(prompts),
-            **fields,
-        )
+        """The content of request.json. Raises RunnerProtocolError if a reader would refuse it."""
+        content = FORMAT.dump(self, "the request", MAXIMUM_REQUEST_BYTES, "shorten the prompt")
+        parse_request(content, "the request")
+        return content + b"\n"
 
 
 def read_request(path: Path) -> RunRequest:
@@ -168,44 +119,203 @@ def read_request(path: Path) -> RunRequest:
 
 def parse_request(content: bytes, where: str = REQUEST_FILE) -> RunRequest:
     """Check the content of request.json. Raises RunnerProtocolError."""
-    document = _load(content, MAXIMUM_REQUEST_BYTES, where)
-    _check_version(document, where, "runner")
-    _check("request", document, where)
-    return RunRequest.from_json(document)
+    document = FORMAT.load(content, where, MAXIMUM_REQUEST_BYTES)
+    FORMAT.check_version(document, where, "runner")
+    return FORMAT.check(document, RunRequest, where)
 
 
 def run_id_of(content: bytes) -> str | None:
     """The run id of a request that may be broken otherwise; None if it has no valid one."""
     try:
-        run_id = _load(content, MAXIMUM_REQUEST_BYTES, REQUEST_FILE).get("run_id")
-    except RunnerProtocolError:
+        run_id = FORMAT.load(content, REQUEST_FILE, MAXIMUM_REQUEST_BYTES).get("run_id")
+        return msgspec.convert(run_id, RunId)
+    except (RunnerProtocolError, msgspec.ValidationError):
         return None
-    return run_id if _validator("run_id").is_valid(run_id) else None
+
+
+# --- what events and the result share ------------------------------------------------------------
+# They may gain fields within a version, so fields that are not known pass.
+
+
+class Runtime(Struct):
+    """The program that ran the bundle: in which language, and its version."""
+
+    host: Host
+    version: Label
+
+
+class Cold(Struct):
+    """How cold a load was; `method` None: the files were not dropped from the page cache."""
+
+    requested: bool
+    method: Label | None
+    resident_before: Share | None
+    resident_after: Share | None
+
+
+class DelegationCounts(Struct):
+    """Delegates of a stage, operators inside and outside of them, as counted at export."""
+
+    delegates: Count
+    delegated: Count
+    portable: Count
+
+
+StageCounts = Annotated[dict[Label, DelegationCounts], Meta(max_length=4096)]
+
+
+class MemorySample(Struct):
+    """Sizes of the runner's process, faults since it began; None: the system does not say."""
+
+    rss_bytes: Count | None
+    pss_bytes: Count | None
+    anonymous_bytes: Count | None
+    file_bytes: Count | None
+    swap_bytes: Count | None
+    major_faults: Count | None
+    minor_faults: Count | None
+
+
+class Failure(Struct):
+    """Why a run failed."""
+
+    reason: FailureReason
+    sentence: Sentence
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+class AnyEvent(Struct):
+    """What every event has, known or not."""
+
+    event: Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,63}$(?!\n)")]
+    t_ms: Ms
+
+
+class Event(Struct, tag_field="event"):
+    """Base of the events; `t_ms` since the process began."""
+
+    t_ms: Ms
+
+
+class Started(Event, tag="started"):
+    """The first event, before any large library is loaded."""
+
+    protocol: Literal[1]
+    run_id: RunId | None
+    runtime: Runtime
+    pid: Positive
+    versions: Versions
+
+
+class Loaded(Event, tag="loaded"):
+    """The bundle's programs could run."""
+
+    import_ms: Ms
+    verify_ms: Ms
+    tokenizer_ms: Ms | None
+    load_ms: Ms
+    threads: Positive
+    cold: Cold
+    delegation: StageCounts
+    rss_bytes: Count | None
+
+
+class WarmedUp(Event, tag="warmed_up"):
+    """The warm-up is over."""
+
+    ms: Ms
+    steps: Count
+
+
+class Prefill(Event, tag="prefill"):
+    """A chunk of known tokens was encoded."""
+
+    done: Count
+    total: Count
+    ms: Ms
+
+
+class Step(Event, tag="step"):
+    """A denoising step, or a token."""
+
+    canvas: Count
+    step: Positive
+    max_steps: Positive
+    layers_ms: Ms
+    head_ms: Ms
+    accepted: Count
+    mean_entropy: Number | None
+    finished: bool
+
+
+class CanvasDone(Event, tag="canvas"):
+    """A canvas was committed."""
+
+    canvas: Count
+    steps: Positive
+    new_tokens: Count
+    is_last: bool
+
+
+class TextSoFar(Event, tag="text"):
+    """The whole answer so far."""
+
+    text: Text
+
+
+class Answered(Event, tag="answer"):
+    """So many of the request's prompts are answered."""
+
+    done: Positive
+    total: Positive
+    total_ms: Ms
+
+
+class Memory(MemorySample, tag_field="event", tag="memory"):
+    """A memory sample."""
+
+    t_ms: Ms
+
+
+class Temperature(Event, tag="temperature"):
+    """Degrees Celsius by thermal zone."""
+
+    zones: Annotated[dict[Label, Number], Meta(max_length=512)]
+
+
+class Done(Event, tag="done"):
+    """The run is `ok`."""
+
+
+class Failed(Failure, tag_field="event", tag="failed"):
+    """The run failed."""
+
+    t_ms: Ms
+
+
+_EVENTS: tuple[type[Struct], ...] = (*Event.__subclasses__(), Memory, Failed)
+EVENT_TYPES = {str(type_.__struct_config__.tag): type_ for type_ in _EVENTS}
+"""The events of this version by name; a reader passes over others."""
+
+EVENTS = frozenset(EVENT_TYPES)
 
 
 def parse_event(line: bytes) -> dict[str, Any]:
     """One line of events.jsonl, with or without its line end.
 
-    An event that this version does not know (`event` not in EVENTS) is given back with no more
-    than `event` and `t_ms` checked. Raises RunnerProtocolError for anything malformed and for a
-    newer protocol.
+    An event that is not known (`event` not in EVENTS) is returned with no more than `event` and
+    `t_ms` checked. Raises RunnerProtocolError for anything malformed and for another version.
     """
-    document = _load(line, MAXIMUM_LINE_BYTES, "an event")
+    document = FORMAT.load(line, "an event", MAXIMUM_LINE_BYTES)
     kind = document.get("event")
-    if not isinstance(kind, str) or kind not in EVENTS:
-        _check("event", document, "an event")
+    if not isinstance(kind, str) or kind not in EVENT_TYPES:
+        FORMAT.check(document, AnyEvent, "an event")
         return document
     if kind == "started":
-        _check_version(document, "the event 'started'", "host")
-    _check(f"event.{kind}", document, f"the event {kind!r}")
-    return document
-
-
-def parse_result(content: bytes) -> dict[str, Any]:
-    """The content of result.json. Raises RunnerProtocolError for anything malformed or newer."""
-    document = _load(content, MAXIMUM_RESULT_BYTES, RESULT_FILE)
-    _check_version(document, RESULT_FILE, "host")
-    _check("result", document, RESULT_FILE)
+        FORMAT.check_version(document, "the event 'started'", "host")
+    FORMAT.check(document, EVENT_TYPES[kind], f"the event {kind!r}")
     return document
 
 
@@ -214,13 +324,138 @@ def event_line(event: str, t_ms: float, fields: Mapping[str, Any]) -> bytes:
 
     Raises RunnerProtocolError for a line over the limit.
     """
-    document = {"event": event, "t_ms": round(t_ms, 3)} | _finite(fields)
-    line = _dump(document, f"the event {event!r}")
-    if len(line) >= MAXIMUM_LINE_BYTES:
-        raise RunnerProtocolError(
-            f"the event {event!r} has {len(line)} bytes, at most {MAXIMUM_LINE_BYTES} are read"
-        )
-    return line + b"\n"
+    document = {"event": event, "t_ms": round(t_ms, 3), **fields}
+    return FORMAT.dump(document, f"the event {event!r}", MAXIMUM_LINE_BYTES, "say less") + b"\n"
+
+
+# --- the result ----------------------------------------------------------------------------------
+
+
+class StepResult(Struct):
+    """A denoising step; `mean_entropy` in nats over the canvas."""
+
+    layers_ms: Ms
+    head_ms: Ms
+    accepted: Count
+    mean_entropy: Number | None
+
+
+class Canvas(Struct):
+    """A committed canvas."""
+
+    canvas: Count
+    tokens: Tokens
+    converged: bool
+    steps: Annotated[tuple[StepResult, ...], Meta(max_length=2**20)]
+
+
+class PartialAnswer(Struct):
+    """The answer to one prompt, as far as a cancelled run got; None: not reached."""
+
+    prompt_tokens: Count
+    prompt_ms: Ms
+    encode_ms: Ms
+    encodings: Count
+    total_ms: Ms
+    first_draft_ms: Ms | None
+    first_commit_ms: Ms | None
+    finish_reason: Literal["eos", "length", "cancelled"]
+    canvases: Annotated[tuple[Canvas, ...], Meta(max_length=2**20)]
+    answer_tokens: Tokens
+    new_tokens: Count
+    text: Text | None
+
+
+class Answer(PartialAnswer):
+    """The answer to one prompt."""
+
+    first_draft_ms: Ms
+    first_commit_ms: Ms
+    finish_reason: Literal["eos", "length"]
+    canvases: Annotated[tuple[Canvas, ...], Meta(min_length=1, max_length=2**20)]
+
+
+class StageWeights(Struct):
+    """A stage's packed weights, and what of them stayed in memory."""
+
+    name: Label
+    bytes: Count
+    kept_bytes: Count
+
+
+class Weights(Struct):
+    """What of the packed weights was kept within a memory budget, and what was read."""
+
+    budget_bytes: Count
+    read_ahead: bool
+    weights_bytes: Count
+    kept_bytes: Count
+    window_bytes: Count
+    pass_bytes: Count
+    streamed_stages: Count
+    streamed_bytes: Count
+    streamed_stall_ms: Ms
+    storage_bytes: Count | None
+    stages: Annotated[tuple[StageWeights, ...], Meta(max_length=4096)]
+
+
+class MemoryResult(Struct):
+    """The largest resident set, samples after loading and at the end, faults of the process."""
+
+    peak_rss_bytes: Count | None
+    after_load: MemorySample | None
+    at_end: MemorySample | None
+    major_faults: Count | None
+
+
+class Result(Struct, tag_field="status"):
+    """Base of both results; None for what a failed run did not reach."""
+
+    protocol: Literal[1]
+    run_id: RunId | None
+    failure: Failure | None
+    runtime: Runtime
+    versions: Versions
+    import_ms: Ms | None
+    verify_ms: Ms | None
+    tokenizer_ms: Ms | None
+    load_ms: Ms | None
+    cold: Cold | None
+    threads: Positive | None
+    delegation: StageCounts | None
+    warmup_ms: Ms | None
+    pack_ms: Ms | None
+    weights: Weights | None
+    memory: MemoryResult
+
+
+class FailedResult(Result, tag="failed"):
+    """The result of a run that failed, with the answers that it had by then."""
+
+    failure: Failure
+    answers: Annotated[tuple[PartialAnswer, ...], Meta(max_length=2**16)]
+
+
+class OkResult(Result, tag="ok"):
+    """The result of a run that went well: one answer for each prompt."""
+
+    run_id: RunId
+    failure: None
+    import_ms: Ms
+    verify_ms: Ms
+    load_ms: Ms
+    cold: Cold
+    threads: Positive
+    delegation: StageCounts
+    answers: Annotated[tuple[Answer, ...], Meta(min_length=1, max_length=2**16)]
+
+
+def parse_result(content: bytes) -> dict[str, Any]:
+    """The content of result.json. Raises RunnerProtocolError for anything malformed or newer."""
+    document = FORMAT.load(content, RESULT_FILE, MAXIMUM_RESULT_BYTES)
+    FORMAT.check_version(document, RESULT_FILE, "host")
+    FORMAT.check(document, OkResult | FailedResult, RESULT_FILE)
+    return document
 
 
 def result_bytes(result: Mapping[str, Any]) -> bytes:
@@ -228,132 +463,4 @@ def result_bytes(result: Mapping[str, Any]) -> bytes:
 
     Raises RunnerProtocolError for a result over the limit.
     """
-    content = _dump(_finite(result), "the result") + b"\n"
-    if len(content) > MAXIMUM_RESULT_BYTES:
-        raise RunnerProtocolError(
-            f"the result has {len(content)} bytes, at most {MAXIMUM_RESULT_BYTES} are read; "
-            "ask for fewer tokens"
-        )
-    return content
-
-
-def sentence(text: str) -> str:
-    """Text as a failure's sentence may be: one line, no control characters, at most 2,000 long."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line[:2000] or "no reason was given"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _dump(document: Mapping[str, Any], where: str) -> bytes:
-    try:
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8")
-    except ValueError as error:  # a number that is not finite, half of a surrogate pair
-        raise RunnerProtocolError(
-            f"{where} holds what JSON cannot carry ({sentence(str(error))[:_MAXIMUM_QUOTE]}); "
-            "leave it out"
-        ) from error
-
-
-def _load(content: bytes, maximum_bytes: int, where: str) -> dict[str, Any]:
-    if len(content) > maximum_bytes:
-        raise RunnerProtocolError(
-            f"{where} has {len(content)} bytes or more, at most {maximum_bytes} are read"
-        )
-    try:
-        document = json.loads(
-            content.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_parse_float
-        )
-        if _SURROGATE.search(content):  # whoever writes this into a file would fail
-            json.dumps(document, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        reason = sentence(str(error))[:_MAXIMUM_QUOTE]
-        raise RunnerProtocolError(f"{where} is not valid JSON ({reason}); run again") from error
-    if not isinstance(document, dict):
-        raise RunnerProtocolError(
-            f"{where} holds a JSON {type(document).__name__}, expected an object"
-        )
-    return document
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a number in JSON")
-
-
-def _parse_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return value
-
-
-def _check_version(document: Mapping[str, Any], where: str, reader: str) -> None:
-    version = document.get("protocol")
-    if type(version) is not int:
-        raise RunnerProtocolError(
-            f"{where} has the protocol {sentence(repr(version))[:_MAXIMUM_QUOTE]}, expected the "
-            f"integer {PROTOCOL}"
-        )
-    if version > PROTOCOL:
-        raise RunnerProtocolError(
-            f"{where} has the protocol version {version}, this {reader} speaks {PROTOCOL}; "
-            f"update the {reader}"
-        )
-    if version not in PROTOCOLS:
-        raise RunnerProtocolError(
-            f"{where} has the protocol version {version}, this {reader} speaks {PROTOCOL}; "
-            f"update the {'host' if reader == 'runner' else 'runner'}"
-        )
-
-
-@functools.cache
-def _definitions() -> dict[str, Any]:
-    schema = Path(__file__).with_name("runner_protocol.schema.json").read_text(encoding="utf-8")
-    return json.loads(schema)["$defs"]
-
-
-@functools.cache
-def _validator(definition: str) -> Any:
-    # Imported here: a tenth of a second that `--help` need not pay.
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator(_inlined({"$ref": f"#/$defs/{definition}"}))
-
-
-def _inlined(schema: Any) -> Any:
-    """The schema without references, which take most of the time of checking an event."""
-    if isinstance(schema, list):
-        return [_inlined(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    rest = {key: _inlined(part) for key, part in schema.items() if key != "$ref"}
-    if "$ref" not in schema:
-        return rest
-    referred = _inlined(_definitions()[schema["$ref"].removeprefix("#/$defs/")])
-    rest.pop("description", None)
-    return {"allOf": [referred], **rest} if rest else referred
-
-
-def _check(definition: str, document: Mapping[str, Any], where: str) -> None:
-    from jsonschema.exceptions import best_match
-
-    try:
-        error = best_match(_validator(definition).iter_errors(document))
-    except RecursionError as deep:
-        raise RunnerProtocolError(f"{where} is nested too deeply") from deep
-    if error is not None:
-        place = ".".join(str(part) for part in error.absolute_path) or "the top level"
-        # The schema's own sentence quotes the offending value, which may be long or hostile.
-        raise RunnerProtocolError(
-            f"{where} breaks the runner protocol at {sentence(place)[:_MAXIMUM_QUOTE]} "
-            f"({sentence(error.message)[:_MAXIMUM_QUOTE]}); use a runner and a host of one version"
-        )
+    return FORMAT.dump(result, "the result", MAXIMUM_RESULT_BYTES, "ask for fewer tokens") + b"\n"

@@ -29,7 +29,6 @@ from export.contract.runner_protocol import (
     EXIT_FAILED,
     EXIT_OK,
     MAXIMUM_REQUEST_BYTES,
-    PROTOCOLS,
     RESULT_FILE,
     FailureReason,
     RunnerProtocolError,
@@ -38,8 +37,8 @@ from export.contract.runner_protocol import (
     read_request,
     result_bytes,
     run_id_of,
-    sentence,
 )
+from export.contract.validation import VERSION, sentence
 from export.host import memory_sampler
 from export.host.process import captured_stderr, peak_rss_bytes
 from export.host.streaming import page_cache
@@ -50,11 +49,9 @@ if TYPE_CHECKING:
     from export.contract.bundle import Bundle
     from export.host.engine import Engine
     from export.host.generation import Event, GenerationResult
-    from export.host.session import Session
     from export.host.streaming.mapped_weights import MemoryOptions
     from export.host.tokenizer import TextTokenizer
 
-RUNNER = "linux"
 THERMAL_FOLDER = Path("/sys/class/thermal")
 _LIBRARIES = {
     "pocket_diffusion": "pocket-diffusion",
@@ -63,10 +60,6 @@ _LIBRARIES = {
     "numpy": "numpy",
     "tokenizers": "tokenizers",
 }
-_OF_GENERATION = (
-    "prompt_tokens", "prompt_ms", "encode_ms", "total_ms", "first_draft_ms", "first_commit_ms",
-    "finish_reason", "tokens", "answer_tokens", "new_tokens",
-)  # fmt: skip
 _OF_AN_ANSWER = (
     "prompt_tokens", "prompt_ms", "encode_ms", "total_ms", "first_draft_ms", "first_commit_ms",
     "finish_reason", "answer_tokens", "new_tokens",
@@ -153,7 +146,6 @@ class _Run:
         self.engine: Engine | None = None
         self.tokenizer: TextTokenizer | None = None
         self.tokens: list[int] = []
-        self.protocol = PROTOCOLS[0]
         self.encodings = 0
         self._text_pace = _Pace(_TEXT_INTERVAL_S)
         self._temperature_pace = _Pace(_TEMPERATURE_INTERVAL_S)
@@ -176,10 +168,7 @@ class _Run:
         self.warm_up(request, prompts[0])
         weights = self.engine.weights
         before = None if weights is None else weights.report()
-        if request.prompts is None:
-            self.generate(request, prompts[0])
-        else:
-            self.answer_all(request, prompts)
+        self.answer(request, prompts)
         if weights is not None:
             self.result["weights"] = weights.report(since=before)
 
@@ -187,19 +176,12 @@ class _Run:
         request: RunRequest | RunnerProtocolError
         try:
             request = read_request(request_file)
-            run_id, self.protocol = request.run_id, request.protocol
+            run_id = request.run_id
         except RunnerProtocolError as error:
             request, run_id = error, _salvaged_run_id(request_file)
-        versions = _versions()
-        self.result |= {"protocol": self.protocol, "run_id": run_id, "versions": versions}
-        self.events(
-            "started",
-            protocol=self.protocol,
-            run_id=run_id,
-            runner=RUNNER,
-            pid=os.getpid(),
-            versions=versions,
-        )
+        self.result |= {"run_id": run_id, "versions": _versions()}
+        common = ("protocol", "run_id", "runtime", "versions")
+        self.events("started", pid=os.getpid(), **{name: self.result[name] for name in common})
         if isinstance(request, RunnerProtocolError):
             raise request
         if request.memory_interval_ms is not None:
@@ -236,7 +218,8 @@ class _Run:
 
     def open_prompts(self, request: RunRequest, bundle: Bundle) -> list[list[int]]:
         """The tokens of each prompt; opens the tokenizer, if the bundle has one."""
-        if bundle.manifest.tokenizer is not None or request.prompt_tokens is None:
+        has_text = any(isinstance(prompt, str) for prompt in request.prompts)
+        if bundle.manifest.tokenizer is not None or has_text:
             with self.timed("import_ms"):
                 import jinja2.sandbox  # noqa: F401
                 import tokenizers  # noqa: F401
@@ -244,15 +227,16 @@ class _Run:
                 from export.host.tokenizer import open_tokenizer
             with self.timed("tokenizer_ms"):
                 try:
-                    self.tokenizer = open_tokenizer(bundle)
+                    self.tokenizer = tokenizer = open_tokenizer(bundle)
                 except InputError as error:
                     if bundle.manifest.tokenizer is None:
                         raise
                     raise BundleError(str(error)) from error
-                texts = request.prompts or (request.prompt_text,)
-                if request.prompt_tokens is None:
-                    return [self.tokenizer.encode_prompt(text) for text in texts]
-        return [list(request.prompt_tokens)]
+                return [
+                    tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+                    for prompt in request.prompts
+                ]
+        return [list(prompt) for prompt in request.prompts]
 
     def import_libraries(self) -> None:
         self.stop_if_cancelled()
@@ -317,44 +301,27 @@ class _Run:
         self.stop_if_cancelled()
         self.events("warmed_up", ms=self.result["warmup_ms"], steps=request.warmup_steps)
 
-    def generate(self, request: RunRequest, prompt: Sequence[int]) -> None:
-        result = self.generate_one(self.engine.session(), request, prompt, request.seed, self.tell)
-        self.keep(result)
-        if result.finish_reason == "cancelled":
-            self.stop_if_cancelled()
-
-    def answer_all(self, request: RunRequest, prompts: Sequence[Sequence[int]]) -> None:
+    def answer(self, request: RunRequest, prompts: Sequence[Sequence[int]]) -> None:
         """Each prompt by itself, as it would be answered alone; what is done stays if one fails."""
-        answers: list[dict[str, Any]] = []
-        self.result["answers"] = answers
+        listener = self.tell if len(prompts) == 1 else self.tell_sign_of_life
         for number, prompt in enumerate(prompts):
-            self.encodings = 0
             seed = (request.seed + number) % 2**64
-            result = self.generate_one(
-                self.engine.session(), request, prompt, seed, self.tell_sign_of_life
-            )
+            result = self.generate(request, prompt, seed, listener)
+            self.result["answers"].append(self.described(result))
             if result.finish_reason == "cancelled":
                 self.stop_if_cancelled()
-            answers.append(
-                {name: getattr(result, name) for name in _OF_AN_ANSWER}
-                | {
-                    "canvases": len(result.canvases),
-                    "steps": len(result.steps),
-                    "encodings": self.encodings,
-                    "text": self.tokenizer.decode(result.answer_tokens),
-                }
-            )
             self.events("answer", done=number + 1, total=len(prompts), total_ms=result.total_ms)
             self.tell_temperature()
 
-    def generate_one(
+    def generate(
         self,
-        session: Session,
         request: RunRequest,
         prompt: Sequence[int],
         seed: int,
         listener: Callable[[Event], None],
     ) -> GenerationResult:
+        session = self.engine.session()
+        self.encodings = 0
         return session.generate(
             prompt,
             request.max_new_tokens,
@@ -365,9 +332,10 @@ class _Run:
             cancel=lambda: self.is_cancelled,
         )
 
-    def keep(self, result: GenerationResult) -> None:
-        self.result |= {name: getattr(result, name) for name in _OF_GENERATION}
-        self.result["canvases"] = [
+    def described(self, result: GenerationResult) -> dict[str, Any]:
+        """One of the result's `answers`."""
+        text = None if self.tokenizer is None else self.tokenizer.decode(result.answer_tokens)
+        canvases = [
             {
                 "canvas": canvas.canvas,
                 "tokens": canvas.tokens,
@@ -376,8 +344,11 @@ class _Run:
             }
             for canvas in result.canvases
         ]
-        if self.tokenizer is not None:
-            self.result["text"] = self.tokenizer.decode(result.answer_tokens)
+        return {name: getattr(result, name) for name in _OF_AN_ANSWER} | {
+            "encodings": self.encodings,
+            "canvases": canvases,
+            "text": text,
+        }
 
     def tell(self, event: Event) -> None:
         """An event of the loop as one of the protocol; the loop's clock does not run meanwhile."""
@@ -385,6 +356,7 @@ class _Run:
 
         match event:
             case PromptEncoded():
+                self.encodings += 1
                 self.events("prefill", done=event.done, total=event.total, ms=event.ms)
             case CanvasDenoised():
                 self.events(
@@ -417,9 +389,10 @@ class _Run:
         """Of several prompts: count the passes, and tell little of each."""
         from export.host.generation import CanvasDenoised, PromptEncoded
 
-        self.encodings += isinstance(event, PromptEncoded)
         if isinstance(event, PromptEncoded | CanvasDenoised) and self._sign_pace.is_due():
             self.tell(event)
+        else:
+            self.encodings += isinstance(event, PromptEncoded)
 
     def tell_text(self, eos: Sequence[int]) -> None:
         if self.tokenizer is None:
@@ -534,11 +507,11 @@ def read_temperatures(folder: Path = THERMAL_FOLDER) -> dict[str, float]:
 
 def _empty_result() -> dict[str, Any]:
     return {
-        "protocol": PROTOCOLS[0],
+        "protocol": VERSION,
         "run_id": None,
         "status": "failed",
         "failure": None,
-        "runner": RUNNER,
+        "runtime": {"host": "python", "version": _version("pocket-diffusion") or "unknown"},
         "versions": {},
         "import_ms": None,
         "verify_ms": None,
@@ -548,9 +521,7 @@ def _empty_result() -> dict[str, Any]:
         "threads": None,
         "delegation": None,
         "warmup_ms": None,
-        **dict.fromkeys(_OF_GENERATION),
-        "canvases": None,
-        "text": None,
+        "answers": [],
         "pack_ms": None,
         "weights": None,
         "memory": {
@@ -584,14 +555,17 @@ def _salvaged_run_id(request_file: Path) -> str | None:
         return None
 
 
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # a checkout that is not installed
+
+
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name, distribution in _LIBRARIES.items():
-        try:
-            versions[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # a checkout that is not installed
-    return versions
+    found = {name: _version(distribution) for name, distribution in _LIBRARIES.items()}
+    known = {name: version for name, version in found.items() if version is not None}
+    return {"python": platform.python_version()} | known
 
 
 def _start_sampler(events: _Events, interval_ms: int) -> subprocess.Popen[bytes]:
@@ -670,7 +644,7 @@ def _finish(current: _Run, folder: Path, failure: dict[str, str] | None) -> dict
         _write_result(folder, current.result | {"status": status, "failure": failure})
     except (OSError, RunnerProtocolError) as error:
         failure = failure or _failure(error, current.limit_bytes)
-        kept = {name: current.result[name] for name in ("protocol", "run_id", "versions")}
+        kept = {name: current.result[name] for name in ("run_id", "versions")}
         _write_result(folder, _empty_result() | kept | {"failure": failure})
     return failure
 

@@ -17,14 +17,20 @@ from device_tests.remote.shell import quote
 from export.contract.runner_protocol import RunRequest
 
 RESULT = {
-    "protocol": 1, "status": "ok", "failure": None, "runner": "script", "versions": {},
+    "protocol": 1, "status": "ok", "failure": None,
+    "runtime": {"host": "python", "version": "1"}, "versions": {},
     "import_ms": 1, "verify_ms": 1, "tokenizer_ms": None, "load_ms": 1, "threads": 1,
     "cold": {"requested": False, "method": None, "resident_before": None, "resident_after": None},
-    "delegation": {}, "warmup_ms": None, "prompt_tokens": 2, "prompt_ms": 1, "encode_ms": 0,
-    "total_ms": 2, "first_draft_ms": 1, "first_commit_ms": 2, "finish_reason": "length",
-    "canvases": [{"canvas": 0, "tokens": [5], "converged": True,
-                  "steps": [{"layers_ms": 1, "head_ms": 1, "accepted": 1, "mean_entropy": 0.5}]}],
-    "tokens": [5], "answer_tokens": [5], "new_tokens": 1, "text": None,
+    "delegation": {}, "warmup_ms": None, "pack_ms": None, "weights": None,
+    "answers": [{
+        "prompt_tokens": 2, "prompt_ms": 1, "encode_ms": 0, "encodings": 1, "total_ms": 2,
+        "first_draft_ms": 1, "first_commit_ms": 2, "finish_reason": "length",
+        "canvases": [{
+            "canvas": 0, "tokens": [5], "converged": True,
+            "steps": [{"layers_ms": 1, "head_ms": 1, "accepted": 1, "mean_entropy": 0.5}],
+        }],
+        "answer_tokens": [5], "new_tokens": 1, "text": None,
+    }],
     "memory": {"peak_rss_bytes": 1, "after_load": None, "at_end": None, "major_faults": 0},
 }  # fmt: skip
 
@@ -47,14 +53,16 @@ def connect(device: LocalDevice) -> Transport:
 
 def request(run_id: str, **changes: object) -> RunRequest:
     """A small request; scripted runners do not look at it."""
-    fields = {"bundle": "/none", "max_new_tokens": 6, "prompt_tokens": (5, 6)} | changes
+    fields = {"bundle": "/none", "max_new_tokens": 6, "prompts": ((5, 6),)} | changes
     return RunRequest(run_id=run_id, **fields)
 
 
 def started(run_id: str) -> str:
     """The first event of a run, as shell."""
-    event = {"event": "started", "t_ms": 1, "protocol": 1, "run_id": run_id, "runner": "script",
-             "pid": 1, "versions": {"script": "1"}}  # fmt: skip
+    event = {
+        "event": "started", "t_ms": 1, "protocol": 1, "run_id": run_id, "pid": 1,
+        "runtime": {"host": "python", "version": "1"}, "versions": {"script": "1"},
+    }  # fmt: skip
     return tell(event)
 
 

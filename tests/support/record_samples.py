@@ -109,10 +109,9 @@ def _answer_puzzles(record: dict[str, Any]) -> None:
     workload |= {"prompt_text": None, "prompt_tokens": None, "force_steps": None, "puzzles": 10}
     workload["max_new_tokens"] = CANVAS
     record["steps"] = []
-    result |= dict.fromkeys(name for name in ANSWER if name in result)
-    result |= {"protocol": 2, "canvases": None, "tokens": None}
     result["answers"] = [
-        ANSWER | {"total_ms": 10.0 * len(puzzle.answer), "new_tokens": len(puzzle.answer)}
+        copy.deepcopy(ANSWER)
+        | {"total_ms": 10.0 * len(puzzle.answer), "new_tokens": len(puzzle.answer)}
         for puzzle in PUZZLES
     ]
     record["puzzles"] = [
@@ -124,8 +123,12 @@ def _answer_puzzles(record: dict[str, Any]) -> None:
 
 ANSWER = {
     "prompt_tokens": 12, "prompt_ms": 3.0, "encode_ms": 0.0, "total_ms": 80.0,
-    "first_draft_ms": 9.0, "first_commit_ms": 40.0, "finish_reason": "eos", "canvases": 1,
-    "steps": 4, "encodings": 1, "answer_tokens": [4, 5], "new_tokens": 8, "text": "12",
+    "first_draft_ms": 9.0, "first_commit_ms": 40.0, "finish_reason": "eos",
+    "canvases": [{
+        "canvas": 0, "tokens": [4, 5], "converged": True,
+        "steps": [{"layers_ms": 8.0, "head_ms": 2.0, "accepted": 1, "mean_entropy": 0.5}] * 4,
+    }],
+    "encodings": 1, "answer_tokens": [4, 5], "new_tokens": 8, "text": "12",
 }  # fmt: skip
 
 FAILURE = {
@@ -161,8 +164,9 @@ def hostile_bench() -> list[dict[str, Any]]:
             record["failure"]["sentence"] = HOSTILE
             record["failure"]["evidence"] = {HOSTILE: [HOSTILE]}
         if record["result"]:
-            record["result"]["text"] = HOSTILE
-            record["result"]["finish_reason"] = HOSTILE
+            for answer in record["result"]["answers"]:
+                answer["text"] = HOSTILE
+                answer["finish_reason"] = HOSTILE
             record["result"]["delegation"] = {HOSTILE: {"delegated": 3, "portable": 4}}
         records.check(record, "the sample")
     return found
@@ -321,31 +325,35 @@ def _result(
         "warmup_ms": 100.0,
         "threads": 2,
         "versions": {"executorch": "1.5.1"},
-        "runner": "linux",
-        "prompt_tokens": 64,
-        "prompt_ms": prompt_ms,
-        "encode_ms": encode_ms,
-        "total_ms": prompt_ms + step_total + encode_ms + 5,
-        "first_draft_ms": prompt_ms + first + 1,
-        "first_commit_ms": prompt_ms + step_total / canvases + 1,
-        "finish_reason": "length",
-        "canvases": [
+        "runtime": {"host": "python", "version": "0.1.0"},
+        "answers": [
             {
-                "canvas": index,
-                "tokens": list(range(CANVAS)),
-                "converged": True,
-                "steps": [
-                    {key: event[key] for key in ("layers_ms", "head_ms", "accepted")}
-                    | {"mean_entropy": event["mean_entropy"]}
-                    for event in events[index * per_canvas : (index + 1) * per_canvas]
+                "prompt_tokens": 64,
+                "prompt_ms": prompt_ms,
+                "encode_ms": encode_ms,
+                "encodings": canvases + 3,
+                "total_ms": prompt_ms + step_total + encode_ms + 5,
+                "first_draft_ms": prompt_ms + first + 1,
+                "first_commit_ms": prompt_ms + step_total / canvases + 1,
+                "finish_reason": "length",
+                "canvases": [
+                    {
+                        "canvas": index,
+                        "tokens": list(range(CANVAS)),
+                        "converged": True,
+                        "steps": [
+                            {key: event[key] for key in ("layers_ms", "head_ms", "accepted")}
+                            | {"mean_entropy": event["mean_entropy"]}
+                            for event in events[index * per_canvas : (index + 1) * per_canvas]
+                        ],
+                    }
+                    for index in range(canvases)
                 ],
+                "answer_tokens": list(range(CANVAS)) * canvases,
+                "new_tokens": CANVAS * canvases - 4,
+                "text": "an answer",
             }
-            for index in range(canvases)
         ],
-        "tokens": list(range(CANVAS)) * canvases,
-        "answer_tokens": list(range(CANVAS)) * canvases,
-        "new_tokens": CANVAS * canvases - 4,
-        "text": "an answer",
         "memory": {
             "peak_rss_bytes": 271 * 2**20 + 4096,
             "after_load": _memory(200.0)[-1],

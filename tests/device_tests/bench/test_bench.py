@@ -175,7 +175,7 @@ def test_puzzles_are_one_run_and_graded_here(
 
     def run(texts: list[str], name: str) -> dict:
         answers = [ANSWER | {"text": text} for text in texts]
-        runner = Scripted(changes={"protocol": 2, "answers": answers})
+        runner = Scripted(changes={"answers": answers})
         file = tmp_path / name
         bench(transport, puzzle_bundle, DEPLOYMENT, runner, plan, file)
         (record,) = records.read(file)
@@ -207,7 +207,10 @@ def test_the_device_and_evaluate_say_the_same_of_a_bundle(
     for tally in tallies:
         name = "exact_match" if tally.kind == "all" else f"exact_match_{tally.kind}"
         assert record["metrics"][name] == tally.exact_match
-    steps = [answer["steps"] for answer in record["result"]["answers"]]
+    steps = [
+        sum(len(canvas["steps"]) for canvas in answer["canvases"])
+        for answer in record["result"]["answers"]
+    ]
     assert sum(steps) / len(steps) == tallies[-1].mean_steps
 
 
@@ -646,10 +649,15 @@ def test_the_toy_model_is_measured(transport: Transport, toy_bundle: Path, tmp_p
     assert outcome.failed == 0
     assert cold["result"]["cold"]["requested"] and not speed["result"]["cold"]["requested"]
     assert [len(r["steps"]) for r in (cold, speed, memory)] == [4, 4, 4]
-    assert speed["result"]["prompt_tokens"] == 6 and natural["result"]["prompt_tokens"] != 6
-    assert isinstance(natural["result"]["text"], str)
+    of_speed, of_natural = speed["result"]["answers"][0], natural["result"]["answers"][0]
+    assert of_speed["prompt_tokens"] == 6 and of_natural["prompt_tokens"] != 6
+    assert isinstance(of_natural["text"], str)
     assert memory["memory"] and not speed["memory"]
     assert speed["metrics"]["step_ms"] > 0
     assert memory["metrics"]["peak_pss_bytes"] > 0
     # The same seed and steps give the same tokens, whatever is measured beside.
-    assert cold["result"]["tokens"] == speed["result"]["tokens"] == memory["result"]["tokens"]
+    tokens = [
+        [canvas["tokens"] for canvas in record["result"]["answers"][0]["canvases"]]
+        for record in (cold, speed, memory)
+    ]
+    assert tokens[0] == tokens[1] == tokens[2]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from export.contract import runner_protocol
 from export.contract.runner_protocol import (
@@ -32,11 +33,10 @@ from export.contract.runner_protocol import (
     read_request,
     result_bytes,
     run_id_of,
-    sentence,
 )
+from export.contract.schemas import schemas
+from export.contract.validation import sentence
 
-SCHEMA_FILE = Path(runner_protocol.__file__).with_name("runner_protocol.schema.json")
-SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))["$defs"]
 DOCUMENT = Path(__file__).parents[3] / "docs" / "runner.md"
 
 MEMORY = {
@@ -45,9 +45,11 @@ MEMORY = {
 }  # fmt: skip
 COLD = {"requested": True, "method": "fadvise", "resident_before": 1.0, "resident_after": 0.0}
 DELEGATION = {"head": {"delegates": 1, "delegated": 7, "portable": 2}}
+RUNTIME = {"host": "cpp", "version": "0.1.0"}
 EXAMPLES: dict[str, dict[str, Any]] = {
     "started": {
-        "protocol": 1, "run_id": "r-1", "runner": "linux", "pid": 7, "versions": {"torch": "2"},
+        "protocol": 1, "run_id": "r-1", "runtime": RUNTIME, "pid": 7,
+        "versions": {"torch": "2"},
     },
     "loaded": {
         "import_ms": 1.0, "verify_ms": 2.0, "tokenizer_ms": None, "load_ms": 3.0, "threads": 2,
@@ -67,24 +69,27 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "done": {},
     "failed": {"reason": "input", "sentence": "the prompt is empty; give at least one token"},
 }  # fmt: skip
-RESULT: dict[str, Any] = {
-    "protocol": 1, "run_id": "r-1", "status": "ok", "failure": None, "runner": "linux",
-    "versions": {}, "import_ms": 1.0, "verify_ms": 1.0, "tokenizer_ms": None, "load_ms": 1.0,
-    "cold": COLD, "threads": 2, "delegation": DELEGATION, "warmup_ms": None, "prompt_tokens": 3,
-    "prompt_ms": 1.0, "encode_ms": 0.0, "total_ms": 9.0, "first_draft_ms": 2.0,
-    "first_commit_ms": 8.0, "finish_reason": "eos",
+ANSWER: dict[str, Any] = {
+    "prompt_tokens": 3, "prompt_ms": 1.0, "encode_ms": 0.0, "encodings": 1, "total_ms": 9.0,
+    "first_draft_ms": 2.0, "first_commit_ms": 8.0, "finish_reason": "eos",
     "canvases": [
         {
             "canvas": 0, "tokens": [4, 1], "converged": True,
             "steps": [{"layers_ms": 1.0, "head_ms": 1.0, "accepted": 2, "mean_entropy": 0.5}],
         }
     ],
-    "tokens": [4, 1], "answer_tokens": [4], "new_tokens": 2, "text": "a",
+    "answer_tokens": [4], "new_tokens": 2, "text": "a",
+}  # fmt: skip
+RESULT: dict[str, Any] = {
+    "protocol": 1, "run_id": "r-1", "status": "ok", "failure": None, "runtime": RUNTIME,
+    "versions": {}, "import_ms": 1.0, "verify_ms": 1.0, "tokenizer_ms": None, "load_ms": 1.0,
+    "cold": COLD, "threads": 2, "delegation": DELEGATION, "warmup_ms": None, "pack_ms": None,
+    "weights": None, "answers": [ANSWER],
     "memory": {
         "peak_rss_bytes": 9, "after_load": MEMORY, "at_end": MEMORY, "major_faults": 0,
     },
 }  # fmt: skip
-REQUEST = RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompt_text="hä?")
+REQUEST = RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("hä?",))
 
 
 def line(kind: str, **changes: Any) -> bytes:
@@ -95,23 +100,20 @@ def encoded(document: Any) -> bytes:
     return json.dumps(document).encode()
 
 
-def test_the_schema_is_a_schema() -> None:
-    Draft202012Validator.check_schema({"$defs": SCHEMA})
-
-
-def test_the_schema_and_the_reader_know_the_same_events() -> None:
-    in_schema = {name.removeprefix("event.") for name in SCHEMA if name.startswith("event.")}
-    assert in_schema == EVENTS == set(EXAMPLES)
+def test_the_events_are_those_of_the_examples() -> None:
+    assert set(EXAMPLES) == EVENTS
 
 
 def test_the_document_names_every_event_field_and_reason() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    names = set(EVENTS) | set(SCHEMA["reason"]["enum"])
-    for definition in ("request", "result", "memory", "cold", "failure"):
-        names |= set(SCHEMA[definition]["properties"])
-    for kind in EVENTS:
-        names |= set(SCHEMA[f"event.{kind}"].get("properties", {}))
-    names |= set(RESULT["canvases"][0]) | set(RESULT["memory"])
+    types = [
+        *runner_protocol.EVENT_TYPES.values(), RunRequest, runner_protocol.OkResult,
+        runner_protocol.Answer, runner_protocol.Canvas, runner_protocol.MemoryResult,
+        runner_protocol.Runtime, runner_protocol.Cold, runner_protocol.DelegationCounts,
+        runner_protocol.Weights,
+    ]  # fmt: skip
+    names = EVENTS | set(get_args(runner_protocol.FailureReason)) | {"protocol", "status"}
+    names |= {name for type_ in types for name in type_.__struct_fields__}
     assert not {name for name in names if f"`{name}`" not in text}
 
 
@@ -137,6 +139,29 @@ def test_the_examples_of_the_document_are_valid() -> None:
     assert kinds >= EVENTS and {"ok", "failed"} <= kinds
 
 
+def test_the_schema_takes_the_examples_and_refuses_what_is_broken() -> None:
+    """As a reader in another language has it, by a validator of JSON Schema."""
+    schema = json.loads(schemas()["runner_protocol.schema.json"])
+    Draft202012Validator.check_schema(schema)
+    assert Draft202012Validator(schema).is_valid(RESULT)
+    assert not Draft202012Validator(schema).is_valid(RESULT | {"run_id": None})
+    of_definition = {
+        "RunRequest": to_builtins(REQUEST),
+        **{
+            runner_protocol.EVENT_TYPES[kind].__name__: {"event": kind, "t_ms": 1.0} | fields
+            for kind, fields in EXAMPLES.items()
+        },
+    }
+    for name, document in of_definition.items():
+        validator = Draft202012Validator(schema | {"anyOf": [{"$ref": f"#/$defs/{name}"}]})
+        document = json.loads(json.dumps(document))
+        assert validator.is_valid(document), name
+        for field in document:
+            without = {key: value for key, value in document.items() if key != field}
+            is_optional = name == "RunRequest" and field in RunRequest.__struct_fields__[4:]
+            assert validator.is_valid(without) == is_optional, (name, field)
+
+
 def test_importing_it_needs_no_torch() -> None:
     code = "import sys, export.contract.runner_protocol; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -147,18 +172,15 @@ def test_importing_it_needs_no_torch() -> None:
     "request_",
     [
         REQUEST,
-        RunRequest(run_id="r", bundle="/b", max_new_tokens=1, prompt_tokens=(0, 2**31 - 1)),
+        RunRequest(run_id="r", bundle="/b", max_new_tokens=1, prompts=((0, 2**31 - 1),)),
         RunRequest(
             run_id="A.b_c-9", bundle="/b c/'", bundle_sha256="0f" * 32, verify=True, threads=3,
-            cold=True, warmup_steps=0, prompt_text="\U0001f600", max_new_tokens=7,
+            cold=True, warmup_steps=0, prompts=("\U0001f600",), max_new_tokens=7,
             seed=2**64 - 1, force_steps=8, settings={"t_min": 0.25}, memory_interval_ms=50,
             memory_limit_bytes=2**33,
         ),
-        RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("hä?", "a")),
-        RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("hä?", "a"),
-                   memory_budget_bytes=2**31),
-        RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompt_text="a",
-                   packed_weights="/data/packed"),
+        RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("hä?", (3, 4), "a"),
+                   memory_budget_bytes=2**31, packed_weights="/data/packed"),
     ],
 )  # fmt: skip
 def test_a_request_survives_the_way(request_: RunRequest, tmp_path: Path) -> None:
@@ -166,48 +188,22 @@ def test_a_request_survives_the_way(request_: RunRequest, tmp_path: Path) -> Non
     assert read_request(tmp_path / "request.json") == request_
 
 
-def test_a_request_has_the_oldest_version_that_can_say_it() -> None:
-    several = RunRequest(run_id="r-1", bundle="/b", max_new_tokens=5, prompts=("a",))
-    assert REQUEST.to_json()["protocol"] == 1, "what spoke version 1 still understands it"
-    assert several.to_json()["protocol"] == 2
-    held = replace(several, memory_budget_bytes=1)
-    assert (held.to_json()["protocol"], held.to_json()["packed_weights"]) == (3, None)
-    assert "memory_budget_bytes" not in several.to_json(), "a runner of version 2 would refuse it"
-    for document in (
-        REQUEST.to_json() | {"prompts": ["a"]},
-        several.to_json() | {"protocol": 1},
-        held.to_json() | {"protocol": 2},
-        held.to_json() | {"prompt": {"text": "a"}},
-    ):
-        with pytest.raises(RunnerProtocolError, match="breaks the runner protocol"):
-            parse_request(encoded(document))
-
-
 def test_answers_are_checked() -> None:
-    answer = {
-        "prompt_tokens": 3, "prompt_ms": 1.0, "encode_ms": 0.0, "total_ms": 9.0,
-        "first_draft_ms": 2.0, "first_commit_ms": 8.0, "finish_reason": "eos", "canvases": 1,
-        "steps": 4, "encodings": 1, "answer_tokens": [4], "new_tokens": 2, "text": "a",
-    }  # fmt: skip
-    several = RESULT | {"protocol": 2, "answers": [answer]}
-    assert parse_result(encoded(several))["answers"] == [answer]
-    for changes in ({"protocol": 3}, {"protocol": 3, "answers": None}):
-        assert parse_result(encoded(several | changes)), "version 3 has either"
-    for changes in ({"answers": None}, {"protocol": 3, "answers": []}):
+    several = RESULT | {"answers": [ANSWER, ANSWER]}
+    assert parse_result(encoded(several))["answers"] == [ANSWER, ANSWER]
+    for changes in ({"answers": None}, {"answers": []}):
         with pytest.raises(RunnerProtocolError, match="answers"):
             parse_result(encoded(several | changes))
-    with pytest.raises(RunnerProtocolError, match="tokens"):
-        parse_result(encoded(RESULT | {"protocol": 3, "tokens": None}))
-    for name in answer:
+    for name in ANSWER:
         with pytest.raises(RunnerProtocolError, match=r"answers\.0"):
-            parse_result(encoded(several | {"answers": [answer | {name: [None]}]}))
+            parse_result(encoded(several | {"answers": [ANSWER | {name: [None]}]}))
 
 
 def test_what_a_request_leaves_out_has_a_default() -> None:
     content = encoded(
         {
             "protocol": 1, "run_id": "r-1", "bundle": "/b", "max_new_tokens": 5,
-            "prompt": {"text": "hä?"},
+            "prompts": ["hä?"],
         }
     )  # fmt: skip
     assert parse_request(content) == REQUEST
@@ -218,25 +214,24 @@ def test_what_a_request_leaves_out_has_a_default() -> None:
     [
         {"run_id": ""}, {"run_id": "a/b"}, {"run_id": ".."}, {"run_id": "a\n"},
         {"run_id": "a" * 129}, {"bundle": "b"}, {"bundle": "/b\0"}, {"max_new_tokens": 0},
-        {"max_new_tokens": 1.5}, {"max_new_tokens": True}, {"prompt_text": ""},
-        {"prompt_text": None}, {"prompt_tokens": (1,)},
-        {"prompt_text": None, "prompt_tokens": ()}, {"prompt_text": None, "prompt_tokens": (-1,)},
+        {"max_new_tokens": 1.5}, {"max_new_tokens": True}, {"prompts": ("",)},
+        {"prompts": None}, {"prompts": ()}, {"prompts": "text"}, {"prompts": ("a", ())},
+        {"prompts": ((-1,),)}, {"prompts": ((True,),)},
         {"seed": -1}, {"seed": 2**64}, {"threads": 0}, {"force_steps": 0}, {"warmup_steps": -1},
         {"settings": {"t_min": "1"}}, {"settings": {"t_min": float("nan")}},
         {"memory_interval_ms": 0}, {"memory_limit_bytes": 0}, {"memory_budget_bytes": 0},
         {"packed_weights": "relative"}, {"packed_weights": "/a\0"}, {"bundle_sha256": "0F" * 32},
-        {"prompt_text": "\ud800"}, {"prompt_text": "a" * (MAXIMUM_REQUEST_BYTES - 9)},
+        {"prompts": ("\ud800",)}, {"prompts": ("a" * (MAXIMUM_REQUEST_BYTES - 9),)},
     ],
 )  # fmt: skip
 def test_a_request_with_a_wrong_value_is_refused_before_it_is_sent(changes: dict) -> None:
-    fields = {name: getattr(REQUEST, name) for name in REQUEST.__dataclass_fields__}
-    with pytest.raises(RunnerProtocolError):
-        RunRequest(**(fields | changes)).to_bytes()
+    with pytest.raises((RunnerProtocolError, ValueError)):
+        replace(REQUEST, **changes).to_bytes()
 
 
 def test_a_request_field_that_is_not_known_is_refused() -> None:
     with pytest.raises(RunnerProtocolError, match="colour"):
-        parse_request(encoded(REQUEST.to_json() | {"colour": "red"}))
+        parse_request(encoded(to_builtins(REQUEST) | {"colour": "red"}))
 
 
 @pytest.mark.parametrize(
@@ -314,9 +309,7 @@ def test_a_malformed_event_is_one_sentence(content: bytes) -> None:
     "changes",
     [
         {"status": "fine"}, {"failure": {"reason": "input", "sentence": "x"}}, {"run_id": None},
-        {"status": "failed"}, {"load_ms": None}, {"tokens": [-1]}, {"tokens": None},
-        {"canvases": []}, {"finish_reason": "cancelled"}, {"memory": None}, {"text": 3},
-        {"canvases": [{"canvas": 0, "tokens": [], "converged": True, "steps": [{}]}]},
+        {"status": "failed"}, {"load_ms": None}, {"memory": None}, {"answers": []},
     ],
 )  # fmt: skip
 def test_a_result_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
@@ -324,13 +317,40 @@ def test_a_result_that_contradicts_itself_is_refused(changes: dict[str, Any]) ->
         parse_result(encoded(RESULT | changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"answer_tokens": [-1]}, {"answer_tokens": None}, {"canvases": []},
+        {"finish_reason": "cancelled"}, {"text": 3}, {"first_draft_ms": None},
+        {"canvases": [{"canvas": 0, "tokens": [-1], "converged": True, "steps": []}]},
+        {"canvases": [{"canvas": 0, "tokens": [], "converged": True, "steps": [{}]}]},
+    ],
+)  # fmt: skip
+def test_an_answer_of_a_run_that_went_well_is_whole(changes: dict[str, Any]) -> None:
+    with pytest.raises(RunnerProtocolError):
+        parse_result(encoded(RESULT | {"answers": [ANSWER | changes]}))
+
+
+def test_a_cancelled_run_keeps_what_it_had() -> None:
+    answer = ANSWER | {"canvases": [], "finish_reason": "cancelled", "first_draft_ms": None}
+    failure = {"reason": "cancelled", "sentence": "ended by a signal"}
+    result = RESULT | {"status": "failed", "failure": failure, "answers": [answer]}
+    assert parse_result(encoded(result))["answers"] == [answer]
+
+
 def test_a_failed_result_may_have_no_numbers() -> None:
     failure = {"reason": "storage_full", "sentence": "no space left"}
-    keep = ("protocol", "runner", "versions", "memory")
+    keep = ("protocol", "runtime", "versions", "memory")
     result = {name: RESULT[name] if name in keep else None for name in RESULT}
+    result["answers"] = []
     result |= {"status": "failed", "failure": failure}
     result["memory"] = dict.fromkeys(RESULT["memory"])
     assert parse_result(encoded(result))["failure"] == failure
+
+
+def test_an_older_protocol_is_refused() -> None:
+    with pytest.raises(RunnerProtocolError, match=r"version 0.*one version"):
+        parse_result(encoded(RESULT | {"protocol": 0}))
 
 
 def test_a_newer_protocol_asks_for_an_update_of_whoever_reads() -> None:
@@ -364,10 +384,11 @@ def test_a_line_that_no_host_would_read_is_not_written() -> None:
 def test_numbers_that_are_not_finite_are_written_as_null() -> None:
     event = parse_event(line("step", mean_entropy=float("nan")))
     assert event["mean_entropy"] is None
-    steps = RESULT["canvases"][0]["steps"][0] | {"mean_entropy": float("inf")}
-    canvas = RESULT["canvases"][0] | {"steps": (steps,)}
-    result = parse_result(result_bytes(RESULT | {"canvases": (canvas,)}))
-    assert result["canvases"][0]["steps"][0]["mean_entropy"] is None
+    steps = ANSWER["canvases"][0]["steps"][0] | {"mean_entropy": float("inf")}
+    canvas = ANSWER["canvases"][0] | {"steps": (steps,)}
+    answers = (ANSWER | {"canvases": (canvas,)},)
+    result = parse_result(result_bytes(RESULT | {"answers": answers}))
+    assert result["answers"][0]["canvases"][0]["steps"][0]["mean_entropy"] is None
 
 
 @given(st.text())

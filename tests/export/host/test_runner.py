@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_request(folder: Path, bundle: Path, **changes: Any) -> Path:
-    fields = {"prompt_tokens": (3, 4, 5), "max_new_tokens": 12, "threads": 1} | changes
+    fields = {"prompts": ((3, 4, 5),), "max_new_tokens": 12, "threads": 1} | changes
     request = RunRequest(run_id="r-1", bundle=str(bundle), **fields)
     path = folder / "request.json"
     path.write_bytes(request.to_bytes())
@@ -55,6 +55,11 @@ def read_back(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     result = parse_result((folder / "result.json").read_bytes())
     assert not (folder / "result.json.part").exists()
     return [parse_event(line) for line in lines], result
+
+
+def tokens_of(answer: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens of all canvases."""
+    return tuple(token for canvas in answer["canvases"] for token in canvas["tokens"])
 
 
 def start(request: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -94,8 +99,7 @@ def test_tokens_are_those_of_the_library(
     request = write_request(
         folder,
         toy_bundle,
-        prompt_tokens=None,
-        prompt_text="hello",
+        prompts=("hello",),
         seed=2**64 - 1,
         warmup_steps=warmup_steps,
         force_steps=force_steps,
@@ -110,27 +114,28 @@ def test_tokens_are_those_of_the_library(
         **(bundle.manifest.sampler.settings | {"entropy_bound": 0.2, "max_steps": 7})
     )
     expected = session.generate(prompt, 12, 2**64 - 1, settings=settings, force_steps=force_steps)
-    assert tuple(result["tokens"]) == expected.tokens
-    assert tuple(result["answer_tokens"]) == expected.answer_tokens
-    assert result["text"] == tokenizer.decode(expected.answer_tokens)
-    assert result["prompt_tokens"] == len(prompt)
-    assert result["new_tokens"] == expected.new_tokens
-    assert result["finish_reason"] == expected.finish_reason
-    assert [len(c["steps"]) for c in result["canvases"]] == [
+    [answer] = result["answers"]
+    assert tokens_of(answer) == expected.tokens
+    assert tuple(answer["answer_tokens"]) == expected.answer_tokens
+    assert answer["text"] == tokenizer.decode(expected.answer_tokens)
+    assert answer["prompt_tokens"] == len(prompt)
+    assert answer["new_tokens"] == expected.new_tokens
+    assert answer["finish_reason"] == expected.finish_reason
+    assert [len(c["steps"]) for c in answer["canvases"]] == [
         len(c.steps) for c in expected.canvases
     ]
-    assert [s["accepted"] for c in result["canvases"] for s in c["steps"]] == [
+    assert [s["accepted"] for c in answer["canvases"] for s in c["steps"]] == [
         s.accepted for s in expected.steps
     ]
     # The events tell the same as the result.
     steps = [e for e in events if e["event"] == "step"]
     assert [s["layers_ms"] for s in steps] == [
-        s["layers_ms"] for c in result["canvases"] for s in c["steps"]
+        s["layers_ms"] for c in answer["canvases"] for s in c["steps"]
     ]
     assert [e["steps"] for e in events if e["event"] == "canvas"] == [
-        len(c["steps"]) for c in result["canvases"]
+        len(c["steps"]) for c in answer["canvases"]
     ]
-    assert [e["text"] for e in events if e["event"] == "text"][-1] == result["text"]
+    assert [e["text"] for e in events if e["event"] == "text"][-1] == answer["text"]
     warmed_up = [e["steps"] for e in events if e["event"] == "warmed_up"]
     assert warmed_up == ([warmup_steps] if warmup_steps else [])
     assert (result["warmup_ms"] is None) == (warmup_steps == 0)
@@ -156,7 +161,7 @@ def test_a_process_of_its_own_tells_the_run_in_order(folder: Path, toy_bundle: P
     )
     assert all(a["t_ms"] <= b["t_ms"] for a, b in itertools.pairwise(told))
     started, loaded = told[:2]
-    assert started["pid"] == process.pid and started["runner"] == "linux"
+    assert started["pid"] == process.pid and started["runtime"]["host"] == "python"
     assert {"torch", "executorch", "python"} <= set(started["versions"])
     assert loaded["t_ms"] - started["t_ms"] >= loaded["import_ms"] + loaded["load_ms"]
     assert loaded["cold"] == result["cold"]
@@ -178,8 +183,7 @@ def test_demo_tokens_are_those_of_the_library(folder: Path, demo_bundle: Bundle)
     request = write_request(
         folder,
         demo_bundle.folder,
-        prompt_tokens=None,
-        prompt_text="3+4=",
+        prompts=("3+4=",),
         max_new_tokens=40,
         seed=5,
     )
@@ -188,7 +192,7 @@ def test_demo_tokens_are_those_of_the_library(folder: Path, demo_bundle: Bundle)
     _, result = read_back(folder)
     prompt = open_tokenizer(demo_bundle).encode_prompt("3+4=")
     expected = open_engine(demo_bundle, 1).session().generate(prompt, 40, 5)
-    assert tuple(result["tokens"]) == expected.tokens
+    assert tokens_of(result["answers"][0]) == expected.tokens
     assert set(result["delegation"]) == {"layers", "head"}
     assert all(entry["delegated"] > 0 for entry in result["delegation"].values())
 
@@ -230,9 +234,9 @@ def test_refuses_a_tokenizer_with_damage(folder: Path, toy_bundle: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompt_tokens": (3, 29)}, "has id 29"),
+        ({"prompts": ((3, 29),)}, "has id 29"),
         ({"max_new_tokens": 39}, "only 36 fit"),
-        ({"prompt_tokens": None, "prompt_text": "A"}, "no token for 'A'"),
+        ({"prompts": ("A",)}, "no token for 'A'"),
         ({"settings": {"tempo": 1.0}}, "tempo"),
         ({"settings": {"t_min": -1.0}}, "t_min is -1.0"),
     ],
@@ -315,8 +319,10 @@ def test_sigterm_ends_a_run_cleanly(folder: Path, toy_bundle: Path) -> None:
     assert process.returncode == 3 and b"cancelled" in stderr
     events, result = read_back(folder)
     assert events[-1]["event"] == "failed" and events[-1]["reason"] == "cancelled"
-    assert result["failure"]["reason"] == "cancelled" and result["finish_reason"] == "cancelled"
-    assert result["load_ms"] > 0 and result["tokens"] == []
+    assert result["failure"]["reason"] == "cancelled"
+    [answer] = result["answers"]
+    assert answer["finish_reason"] == "cancelled" and answer["canvases"] == []
+    assert result["load_ms"] > 0
 
 
 def test_a_memory_limit_ends_a_run_by_name_or_by_signal(folder: Path, toy_bundle: Path) -> None:
@@ -477,7 +483,7 @@ def test_temperatures_are_told_at_load_and_then_at_their_pace(
         events, result = read_back(own)
         zones = [e["zones"] for e in events if e["event"] == "temperature"]
         assert zones == [{"soc": 30.0}] * len(zones)
-        return len(zones), len(result["canvases"])
+        return len(zones), len(result["answers"][0]["canvases"])
 
     often, canvases = told(0.0)
     assert often == 1 + canvases
@@ -491,36 +497,34 @@ def test_the_text_is_told_at_its_pace_and_at_the_end(
     assert run(write_request(folder, toy_bundle, max_new_tokens=30, seed=3)) == 0
     events, result = read_back(folder)
     texts = [e["text"] for e in events if e["event"] == "text"]
-    assert len(texts) <= 2 and texts[-1] == result["text"]
+    assert len(texts) <= 2 and texts[-1] == result["answers"][0]["text"]
 
 
-PROMPTS = ("hello", "world", "a")
+PROMPTS = ("hello", (3, 4, 5), "a")
 
 
 def test_each_of_several_prompts_is_answered_as_if_it_were_alone(
     folder: Path, toy_bundle: Path
 ) -> None:
-    request = write_request(
-        folder, toy_bundle, prompt_tokens=None, prompts=PROMPTS, seed=2**64 - 2, warmup_steps=1
-    )
+    request = write_request(folder, toy_bundle, prompts=PROMPTS, seed=2**64 - 2, warmup_steps=1)
     assert run(request) == 0
     events, result = read_back(folder)
-    assert (result["protocol"], events[0]["protocol"]) == (2, 2)
+    assert (result["protocol"], events[0]["protocol"]) == (1, 1)
     assert len([e for e in events if e["event"] == "loaded"]) == 1
     assert [(e["done"], e["total"]) for e in events if e["event"] == "answer"] == [
         (1, 3), (2, 3), (3, 3),
     ]  # fmt: skip
-    assert result["tokens"] is None and result["text"] is None and result["total_ms"] is None
     bundle = open_bundle(toy_bundle)
     tokenizer = open_tokenizer(bundle)
     engine = open_engine(bundle, 1)
     for number, (text, answer) in enumerate(zip(PROMPTS, result["answers"], strict=True)):
-        prompt = tokenizer.encode_prompt(text)
+        prompt = tokenizer.encode_prompt(text) if isinstance(text, str) else text
         expected = engine.session().generate(prompt, 12, (2**64 - 2 + number) % 2**64)
         assert tuple(answer["answer_tokens"]) == expected.answer_tokens
         assert answer["text"] == tokenizer.decode(expected.answer_tokens)
-        assert answer["steps"] == len(expected.steps)
-        assert answer["canvases"] == len(expected.canvases)
+        assert [len(c["steps"]) for c in answer["canvases"]] == [
+            len(c.steps) for c in expected.canvases
+        ]
         assert answer["new_tokens"] == expected.new_tokens
         # A prompt of up to six tokens is one pass, each committed canvas but the last another.
         assert answer["encodings"] == -(-len(prompt) // 6) + len(expected.canvases) - 1
@@ -530,7 +534,7 @@ def test_each_of_several_prompts_is_answered_as_if_it_were_alone(
 def test_a_prompt_among_several_that_cannot_be_is_refused_before_loading(
     folder: Path, toy_bundle: Path
 ) -> None:
-    request = {"prompt_tokens": None, "prompts": ("hello", "1+1")}
+    request = {"prompts": ("hello", "1+1")}
     assert "no token for '1'" in expect_failure(folder, toy_bundle, "input", **request)
     assert read_back(folder)[1]["load_ms"] is None
 
@@ -544,14 +548,12 @@ def test_a_bundle_without_a_tokenizer_takes_tokens_and_gives_no_text(
     write_bundle(tmp_path / "bare", toy_model.manifest(), toy_programs)
     assert run(write_request(folder, tmp_path / "bare")) == 0
     events, result = read_back(folder)
-    assert result["text"] is None and result["tokenizer_ms"] is None
+    assert result["answers"][0]["text"] is None and result["tokenizer_ms"] is None
     assert not any(e["event"] == "text" for e in events)
-    assert read_request(folder / "request.json").prompt_tokens == (3, 4, 5)
+    assert read_request(folder / "request.json").prompts == ((3, 4, 5),)
     other = tmp_path / "other"
     other.mkdir()
-    sentence = expect_failure(
-        other, tmp_path / "bare", "input", prompt_tokens=None, prompt_text="a"
-    )
+    sentence = expect_failure(other, tmp_path / "bare", "input", prompts=("a",))
     assert "without a tokenizer" in sentence
 
 
@@ -568,9 +570,9 @@ def test_a_memory_budget_gives_the_same_tokens_and_tells_what_it_took(
         assert run(write_request(folder, toy_bundle, **change)) == 0
         results.append(read_back(folder)[1])
     plain, held = results
-    assert held["tokens"] == plain["tokens"]
-    assert (plain["protocol"], plain["weights"], plain["pack_ms"]) == (1, None, None)
-    assert held["protocol"] == 3 and held["pack_ms"] > 0
+    assert tokens_of(held["answers"][0]) == tokens_of(plain["answers"][0])
+    assert (plain["weights"], plain["pack_ms"]) == (None, None)
+    assert held["pack_ms"] > 0
     assert held["weights"]["budget_bytes"] == 8 << 30
     assert [stage["name"] for stage in held["weights"]["stages"]] == ["layers", "head"]
     assert list(packed.glob("*.packed"))
