@@ -303,7 +303,8 @@ class _Run:
 
     def answer(self, request: RunRequest, prompts: Sequence[Sequence[int]]) -> None:
         """Each prompt by itself, as it would be answered alone; what is done stays if one fails."""
-        listener = self.tell if len(prompts) == 1 else self.tell_sign_of_life
+        is_alone = len(prompts) == 1
+        listener = self.tell if is_alone else self.tell_sign_of_life
         for number, prompt in enumerate(prompts):
             seed = (request.seed + number) % 2**64
             result = self.generate(request, prompt, seed, listener)
@@ -311,7 +312,8 @@ class _Run:
             if result.finish_reason == "cancelled":
                 self.stop_if_cancelled()
             self.events("answer", done=number + 1, total=len(prompts), total_ms=result.total_ms)
-            self.tell_temperature()
+            if not is_alone:
+                self.tell_temperature()
 
     def generate(
         self,
