@@ -83,7 +83,7 @@ def _export(step: str, int4: Path, work: Path, layers: int, log: Log) -> dict[st
     cut_config(config, layers)
     (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     command = [str(folder), str(bundle), "--layers-per-stage", "1"]
-    record = log.run(step, [*verb("export"), *command, "--maximum-context", str(CONTEXT)])
+    record = log.run(step, [*verb("export"), *command, "--context", str(CONTEXT)])
     checkpoint = open_checkpoint(int4)
     weights = sum(
         math.prod(checkpoint.shape(name))

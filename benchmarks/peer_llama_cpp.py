@@ -263,7 +263,7 @@ def _bundle(work: Path, name: str) -> Path:
         _pocketdiff("quantize", checkpoint, int4, "--recipe", RECIPES[name], "--overwrite")
         shutil.rmtree(checkpoint)
     _say(f"lowering {name} (once; minutes)")
-    _pocketdiff("export", int4, bundle, "--maximum-context", CONTEXT[name])
+    _pocketdiff("export", int4, bundle, "--context", CONTEXT[name])
     return bundle
 
 

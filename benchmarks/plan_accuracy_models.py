@@ -93,7 +93,7 @@ def bundle_of(work: Path, name: str) -> Path:
         _pocketdiff("quantize", checkpoint, int4, "--recipe", model.recipe, "--overwrite")
         shutil.rmtree(checkpoint)
     _say(f"lowering {name}")
-    _pocketdiff("export", int4, bundle, "--maximum-context", model.context)
+    _pocketdiff("export", int4, bundle, "--context", model.context)
     return bundle
 
 

@@ -37,6 +37,7 @@ from export.contract.bundle import open_bundle
 from export.host.process import processor_name
 from export.plan.presets import read_config
 from quantize.checkpoint import RECIPE_FILE
+from quantize.sizes import parse_bytes
 from scripts.training.make_checkpoint import MAX_SHARD_BYTES, RandomCheckpoint, plan_checkpoint
 
 GIB = 2**30
@@ -50,14 +51,14 @@ def main() -> None:
     parser.add_argument("--recipe", default="int4-g32-embed4")
     parser.add_argument("--layers", type=int, help="cut the model to its first layers")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
+    parser.add_argument("--max-shard-size", type=parse_bytes, default=MAX_SHARD_BYTES)
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = plan_checkpoint(
         read_config(arguments.model)[1],
         layers=arguments.layers,
-        max_shard_bytes=arguments.max_shard_bytes,
+        max_shard_bytes=arguments.max_shard_size,
     )
     rehearse(arguments, checkpoint, Log(work))
     _report(arguments, checkpoint, Log(work).records)
@@ -179,7 +180,7 @@ def rehearse(arguments: argparse.Namespace, checkpoint: RandomCheckpoint, log: L
             log.note(record | result)
         (source / file).unlink(missing_ok=True)
     if not log.has("export"):
-        cut = ["--layers-per-stage", "1", "--maximum-context", str(arguments.context)]
+        cut = ["--layers-per-stage", "1", "--context", str(arguments.context)]
         command = [*verb("export"), str(int4), str(bundle), *cut]
         record = log.run("export", command, result=bundle)
         log.note(record | exported(bundle))
@@ -195,7 +196,7 @@ def rehearse(arguments: argparse.Namespace, checkpoint: RandomCheckpoint, log: L
 
 def _layout(arguments: argparse.Namespace) -> list[str]:
     cut = [] if arguments.layers is None else ["--layers", str(arguments.layers)]
-    return ["--max-shard-bytes", str(arguments.max_shard_bytes), *cut]
+    return ["--max-shard-size", str(arguments.max_shard_size), *cut]
 
 
 def verb(name: str) -> list[str]:

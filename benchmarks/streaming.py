@@ -27,7 +27,7 @@ from benchmarks.memory_cgroup import memory_group
 from export.contract.bundle import open_bundle
 from export.host.streaming import page_cache
 from export.host.streaming.packed_file import PackedFile
-from scripts.console import byte_count, size
+from quantize.sizes import format_bytes, parse_bytes
 
 CHUNK_BYTES = 8 << 20
 PROMPT_TOKENS = 32
@@ -139,17 +139,17 @@ def tell(found: dict[str, Any]) -> None:
     weights = within["weights"]
     rates = ", ".join(f"{v / 1e6:,.0f} MB/s {k}" for k, v in found["read_bytes_per_s"].items())
     rows = [
-        ("packed weights, file", size(found["packed_bytes"])),
-        ("budget and hard limit", f"{size(found['budget_bytes'])}, the file is "
+        ("packed weights, file", format_bytes(found["packed_bytes"])),
+        ("budget and hard limit", f"{format_bytes(found['budget_bytes'])}, the file is "
          f"{found['model_by_budget']:.2f} times that"),
         ("tokens", "the same" if found["same_tokens"] else "NOT THE SAME"),
         ("peak RSS within, without a budget",
-         f"{size(within['peak_rss_bytes'])}, {size(resident['peak_rss_bytes'])}"),
-        ("peak of the cgroup", f"{size(found['group_peak_bytes'])}, at its limit "
+         f"{format_bytes(within['peak_rss_bytes'])}, {format_bytes(resident['peak_rss_bytes'])}"),
+        ("peak of the cgroup", f"{format_bytes(found['group_peak_bytes'])}, at its limit "
          f"{found['group_at_limit']} times"),
         ("kept, held to compute, read in a pass",
-         f"{size(weights['kept_bytes'])}, {size(weights['window_bytes'])}, "
-         f"{size(weights['pass_bytes'])}"),
+         f"{format_bytes(weights['kept_bytes'])}, {format_bytes(weights['window_bytes'])}, "
+         f"{format_bytes(weights['pass_bytes'])}"),
         ("loading within, without a budget",
          f"{within['load_ms']:,.0f} ms, {resident['load_ms']:,.0f} ms"),
         ("reading in order", rates),
@@ -157,9 +157,10 @@ def tell(found: dict[str, Any]) -> None:
         ("a step: computing", f"{found['compute_ms']:,.1f} ms"),
         ("a step: both", f"{found['bound_ms']:,.1f} ms"),
         ("a step: measured", f"{found['step_ms']:,.1f} ms, {found['ratio']:.2f} times that"),
-        ("read from storage by new tokens", size(found["storage_bytes_per_token"])),
+        ("read from storage by new tokens", format_bytes(found["storage_bytes_per_token"])),
         ("read from storage (/proc/self/io)",
-         f"{size(weights['storage_bytes'])} of {size(weights['streamed_bytes'])} streamed"),
+         f"{format_bytes(weights['storage_bytes'])} of "
+         f"{format_bytes(weights['streamed_bytes'])} streamed"),
     ]  # fmt: skip
     for name, value in rows:
         print(f"{name:40} {value}")
@@ -169,7 +170,7 @@ def main() -> None:
     """The entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--budget", type=byte_count)
+    parser.add_argument("--budget", type=parse_bytes)
     parser.add_argument("--packed-weights", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8, help="measured, after a warm-up")
     parser.add_argument("--threads", type=int)

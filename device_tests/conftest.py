@@ -15,6 +15,7 @@ from device_tests.bench.runner import Runner, choose_runner
 from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import local_adbd  # noqa: F401
 from export.contract.bundle import Bundle, open_bundle
+from quantize.sizes import parse_bytes
 from tests.support.browser import chromium  # noqa: F401
 
 REPOSITORY = Path(__file__).parents[1]
@@ -30,10 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bundle", metavar="FOLDER", help="bundle to run (default: the demo model)")
     group.addoption(
         "--memory-budget",
-        metavar="MIB",
-        type=float,
-        default=512.0,
-        help="peak RSS that a run of the bundle may reach, MiB (default: 512)",
+        metavar="SIZE",
+        type=parse_bytes,
+        default=512 * 2**20,
+        help="peak RSS that a run of the bundle may reach (default: 512M)",
     )
 
 

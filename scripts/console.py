@@ -1,31 +1,20 @@
-"""What every verb of the command line says and how: results, progress, numbers with units."""
+"""How every command of the project prints: lines, tables, JSON, progress."""
 
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from quantize.errors import InputError
-
 PLAIN_LINE_EVERY_S = 5.0
 PACE_AFTER_S = 2.0
 """An estimate from less would jump about."""
-
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document instead of text for people.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result of this command.")
-]
 
 
 def err_console() -> Console:
@@ -36,6 +25,11 @@ def err_console() -> Console:
 def out_console() -> Console:
     """Where results for people go."""
     return Console(highlight=False)
+
+
+def say(text: str, *, on_stderr: bool = False) -> None:
+    """Print a line as it is, without markup, however long."""
+    (err_console() if on_stderr else out_console()).print(text, markup=False, soft_wrap=True)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -58,16 +52,6 @@ class _Pace:
         if done <= before or not total or now_s - began_s < PACE_AFTER_S:
             return None
         return (total - done) * (now_s - began_s) / (done - before)
-
-
-def _time_left(left_s: float | None) -> str:
-    if left_s is None:
-        return ""
-    minutes, seconds = divmod(round(left_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min left"
-    return f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left"
 
 
 class Reporter:
@@ -94,7 +78,8 @@ class Reporter:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Show that `done` of `total` units are done and what is being worked on."""
-        left = _time_left(self._pace.left_s(done, total, time.monotonic()))
+        left_s = self._pace.left_s(done, total, time.monotonic())
+        left = "" if left_s is None else f"{duration(left_s)} left"
         if self._console.is_terminal:
             self._progress.update(
                 self._task, completed=done, total=total or None, what=what, left=left
@@ -103,10 +88,10 @@ class Reporter:
             self._last_line = time.monotonic()
             share = f"{100 * done / total:.0f} %" if total else ""
             words = [f"{self._title}:", share, f"({left})" if left else "", what]
-            self._console.print(" ".join(filter(None, words)), markup=False, soft_wrap=True)
+            self.line(" ".join(filter(None, words)))
 
     def line(self, text: str) -> None:
-        """Say something that stays, above the bar."""
+        """Print something that stays, above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def start(self) -> None:
@@ -129,37 +114,35 @@ def reporting(title: str) -> Iterator[Reporter]:
         reporter.stop()
 
 
-def size(count: int | float) -> str:
-    """Bytes with a unit: `1.5 MiB`."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+def duration(seconds: float) -> str:
+    """`27 h 44 min`, `1 min 54 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def byte_count(text: str) -> int:
-    """The reverse, for options: `512M`, `1.5GiB`, `2000000`; a unit is a power of 1024.
-
-    Raises InputError for anything else.
-    """
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*(?:([KMGT])(?:i?B)?|B)?", text.strip(), re.I)
-    if found is None:
-        raise InputError(f"{text!r} is no number of bytes; give one such as 512M, 2G or 1500000000")
-    return round(float(found[1]) * 1024 ** (" KMGT".index((found[2] or " ").upper())))
-
-
-def number(value: float | None, unit: str, digits: int = 1) -> str:
+def number(value: float | None, unit: str = "", digits: int = 1) -> str:
     """A number with its unit, or a dash where there is none."""
     return "-" if value is None else f"{value:,.{digits}f} {unit}".rstrip()
 
 
-def fact_table(rows: list[tuple[str, str]], title: str | None = None) -> Table:
+def fact_table(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
     """Two columns without rules: what, and how much."""
     table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
     table.add_column(style="cyan")
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def column_table(title: str | None, texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
+    """Columns with headings and without rules: texts fold, numbers stand right and stay whole."""
+    table = Table(title=title, title_justify="left", box=None)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:  # a cut number is a wrong one
+        table.add_column(heading, justify="right", no_wrap=True)
     return table

@@ -12,7 +12,8 @@ import typer
 
 from device_tests.local.device import LocalDevice, cache_folder, kept
 from quantize.errors import DeviceError
-from scripts.console import err_console, out_console
+from scripts.commands import run_command
+from scripts.console import out_console
 
 app = typer.Typer(
     help="A device that answers adb on this machine: Debian's adbd, listening on loopback only.",
@@ -36,9 +37,7 @@ def start(
     port: Annotated[int, typer.Option(help="On loopback; 0: a free one.")] = 0,
 ) -> None:
     """Start the device and leave it running; prints its serial."""
-    running = kept(folder)
-    if running is None:
-        running = LocalDevice(folder, port=port, keep=True).start()
+    running = kept(folder) or LocalDevice(folder, port=port, keep=True).start()
     out_console().print(running.serial)
 
 
@@ -69,14 +68,5 @@ def run(command: list[str]) -> None:
         raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
-def main() -> None:
-    """Entry point; what a person can mend is one sentence and exit code 2."""
-    try:
-        app()
-    except DeviceError as error:
-        err_console().print(f"error: {error}", style="red", soft_wrap=True)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(app, "local_device"))

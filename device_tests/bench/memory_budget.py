@@ -68,5 +68,5 @@ def warning_of(budget: Budget, serial: str) -> str | None:
     )
     return (
         f"memory on {serial}: {budget.verdict} ({budget.reason}); {ending}. Take a smaller recipe, "
-        "or export with a shorter --maximum-context"
+        "or export with a shorter --context"
     )

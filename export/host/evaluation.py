@@ -97,7 +97,7 @@ def room_for_answers(puzzles: Sequence[Puzzle], tokenizer: TextTokenizer, info: 
             raise InputError(
                 f"the puzzle {puzzle.prompt!r} has {prompt} tokens and its answer needs up to "
                 f"{new_tokens}, the context holds {info.maximum_context}; export with a larger "
-                "--maximum-context"
+                "--context"
             )
     return new_tokens
 

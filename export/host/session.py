@@ -357,14 +357,14 @@ class Session:
             raise InputError(
                 f"the prompt has {len(prompt)} tokens{held}, and with a canvas of "
                 f"{info.canvas_length} it exceeds the context of {info.maximum_context}; shorten "
-                "it, or export with a larger --maximum-context"
+                "it, or export with a larger --context"
             )
         known = self.length + len(prompt)
         if max_new_tokens > room:
             raise InputError(
                 f"{max_new_tokens} new tokens were asked for, and only {room} fit in the context "
                 f"of {info.maximum_context} after {known} tokens; "
-                "ask for fewer, or export with a larger --maximum-context"
+                "ask for fewer, or export with a larger --context"
             )
         return self.canvas_count(known, max_new_tokens)
 

@@ -30,7 +30,10 @@ from quantize.files.json_files import read_json_object
 from quantize.files.safetensors_folder import INDEX_FILE, SINGLE_FILE
 from quantize.files.safetensors_writer import SafetensorsWriter, TensorSpec
 from quantize.ordered_map import in_order
-from scripts.console import Overwrite, err_console, out_console, reporting, size
+from quantize.sizes import format_bytes, parse_bytes
+from scripts.commands import run_command
+from scripts.console import reporting, say
+from scripts.options import Overwrite, Seed
 from scripts.training.gemma_vision import vision_weights
 from scripts.training.random_weights import CHUNK, chunks, values
 
@@ -292,10 +295,16 @@ def _write_json_files(checkpoint: RandomCheckpoint, folder: Path) -> None:
 def make_checkpoint(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, or a folder with one.")],
     destination: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Seed = 0,
     layers: Annotated[int | None, typer.Option(help="Keep so many layers.")] = None,
-    max_shard_bytes: Annotated[
-        int, typer.Option(min=1, help="Most bytes of a shard.")
+    max_shard_size: Annotated[
+        int,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="Most bytes of a shard (512M, 2G; default: 5000000000).",
+            show_default=False,
+        ),
     ] = MAX_SHARD_BYTES,
     only: Annotated[
         int | None, typer.Option(help="Write this shard alone, counted from 1.")
@@ -309,29 +318,18 @@ def make_checkpoint(
         generation_config=read_json_object(beside) if beside.is_file() else None,
         seed=seed,
         layers=layers,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=max_shard_size,
     )
     with reporting("writing") as progress:
         if only is not None:
             write_shard(checkpoint, destination, only, progress=progress)
         else:
             write_checkpoint(checkpoint, destination, overwrite=overwrite, progress=progress)
-    out_console().print(
-        f"wrote {destination}: {size(checkpoint.total_bytes)} in {len(checkpoint.shards)} shards"
-        + (f", of these number {only}" if only is not None else ""),
-        soft_wrap=True,
+    say(
+        f"wrote {destination}: {format_bytes(checkpoint.total_bytes)} in "
+        f"{len(checkpoint.shards)} shards" + (f", of these number {only}" * (only is not None))
     )
 
 
-def main() -> int:
-    """The entry point; gives the exit code."""
-    try:
-        typer.run(make_checkpoint)
-    except UserError as error:
-        err_console().print(f"make_checkpoint: {error}", style="red", markup=False, soft_wrap=True)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(lambda: typer.run(make_checkpoint), "make_checkpoint"))

@@ -33,7 +33,7 @@ def test_a_killed_rehearsal_ends_with_the_bundle_of_an_undisturbed_one(tmp_path:
     command = [
         sys.executable, "-m", "benchmarks.rehearsal", str(work),
         "--model", str(tmp_path / "config.json"), "--recipe", "int4-g32",
-        "--context", str(CONTEXT), "--max-shard-bytes", str(SHARD_BYTES),
+        "--context", str(CONTEXT), "--max-shard-size", str(SHARD_BYTES),
     ]  # fmt: skip
 
     def steps() -> list[str]:

@@ -90,8 +90,8 @@ EXPORT_CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "half a config": (config_cut_off, (), "config.json"),
     "a tokenizer of another model": (larger_tokenizer, (), "'extra' the id 64"),
     "an unknown sampler": (unknown_sampler, (), "'OtherSamplerConfig'"),
-    "a context under one canvas": (lambda folder: None, ("--maximum-context", "19"), "19"),
-    "a context over the model's": (lambda folder: None, ("--maximum-context", "1025"), "1025"),
+    "a context under one canvas": (lambda folder: None, ("--context", "19"), "19"),
+    "a context over the model's": (lambda folder: None, ("--context", "1025"), "1025"),
     "an unknown backend": (lambda folder: None, ("--backend", "npu"), "'npu'"),
 }
 
@@ -154,11 +154,11 @@ MASKED_CASES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], tupl
         ("a vocabulary of 128 tokens", "has 96 rows", "from one checkpoint"),
     ),
     "a context of broken blocks": (
-        "sdar", lambda folder: None, ("--maximum-context", "66"),
+        "sdar", lambda folder: None, ("--context", "66"),
         ("maximum context 66", "blocks of 4", "give a multiple of 4"),
     ),
     "a context of broken blocks of 32": (
-        "Fast_dLLM_Qwen", lambda folder: None, ("--maximum-context", "48"),
+        "Fast_dLLM_Qwen", lambda folder: None, ("--context", "48"),
         ("maximum context 48", "give a multiple of 32"),
     ),
     "a block over the model's positions": (
@@ -204,7 +204,7 @@ def test_code_in_a_checkpoint_of_a_known_type_is_named_and_not_run(
     ran = tmp_path / "ran"
     for name in ("configuration_sdar.py", "modeling_sdar.py", "tokenization.py"):
         (folder / name).write_text(f"open({str(ran)!r}, 'w').close()")
-    code = run(["export", str(folder), str(tmp_path / "bundle"), "--maximum-context", "64"])
+    code = run(["export", str(folder), str(tmp_path / "bundle"), "--context", "64"])
     out, err = capfd.readouterr()
     assert code == 0, err
     assert "(auto_map): not needed, and not run" in " ".join(out.split())

@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 
 from export.contract.bundle import open_bundle
 from export.host.bundle_engine import open_engine
-from quantize.errors import InputError
-from scripts.console import Reporter, byte_count
-from scripts.live_canvas import LiveCanvas
+from scripts.console import Reporter
 from scripts.pocketdiff import run
+from scripts.views.live_canvas import LiveCanvas
 from tests.support.sharded import save_shards
 from tests.support.toy_model import INFO
 
@@ -114,7 +113,7 @@ def test_inspect_tells_people_and_programs_what_is_in_a_bundle(
 def test_generate_prints_the_answer_and_every_number_with_its_unit(
     toy_bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(command("generate", "-b", toy_bundle, "-p", "hello", "--seed", 3)) == 0
+    assert run(command("generate", toy_bundle, "-p", "hello", "--seed", 3)) == 0
     out, err = capfd.readouterr()
     for fact in ("time to first draft", "time to first committed text", "steps per canvas",
                  "tokens per forward", "tokens/s", "peak memory", "MiB", " ms"):  # fmt: skip
@@ -126,7 +125,7 @@ def test_generate_gives_programs_one_compact_document_with_the_tokens_of_the_run
     toy_bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--seed", 3, "--max-new-tokens", 7, "--threads", 1, "--no-live", "--json")
-    assert run(command("generate", "-b", toy_bundle, "-p", "hello", *options)) == 0
+    assert run(command("generate", toy_bundle, "-p", "hello", *options)) == 0
     out, err = capfd.readouterr()
     assert out.count("\n") == 1 and ": " not in out and err == ""
     document = json.loads(out)
@@ -146,10 +145,7 @@ def test_generate_passes_every_sampler_option_on(
 ) -> None:
     given = ("max_steps=3", "t_min=0.5", "t_max=0.9", "entropy_bound=0.25")
     options = [word for setting in given for word in ("--set", setting)]
-    assert (
-        run(command("generate", "-b", toy_bundle, "-p", "hello", *options, "--no-live", "--json"))
-        == 0
-    )
+    assert run(command("generate", toy_bundle, "-p", "hello", *options, "--no-live", "--json")) == 0
     settings = json.loads(capfd.readouterr().out)["settings"]
     assert [settings[k] for k in ("max_steps", "t_min", "t_max", "entropy_bound")] == [
         3, 0.5, 0.9, 0.25,
@@ -159,7 +155,7 @@ def test_generate_passes_every_sampler_option_on(
 def test_new_tokens_default_to_what_the_context_has_room_for(
     toy_bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(command("generate", "-b", toy_bundle, "-p", "hello", "--no-live", "--json")) == 0
+    assert run(command("generate", toy_bundle, "-p", "hello", "--no-live", "--json")) == 0
     document = json.loads(capfd.readouterr().out)
     assert document["finish_reason"] == "eos" or len(document["tokens"]) == 30
 
@@ -266,7 +262,7 @@ def test_export_passes_its_options_on_and_describes_the_bundle(
         return open_bundle(toy_bundle, verify=False)
 
     monkeypatch.setitem(sys.modules, "export.exporter", SimpleNamespace(export_bundle=fake))
-    options = ("--maximum-context", 64, "--experts", "gather", "--backend", "x", "--overwrite")
+    options = ("--context", 64, "--experts", "gather", "--backend", "x", "--overwrite")
     assert run(command("export", tmp_path / "a", tmp_path / "b", *options)) == 0
     assert calls == [
         {"source": tmp_path / "a", "destination": tmp_path / "b", "maximum_context": 64,
@@ -354,7 +350,7 @@ def test_one_sentence_on_stderr_nothing_on_stdout_and_exit_code_2(
     damage, options, says = BAD[case]
     damage(toy_bundle)
     prompt = () if "-p" in options else ("-p", "hello")
-    code = run(command("generate", "-b", toy_bundle, *prompt, *options, "--json"))
+    code = run(command("generate", toy_bundle, *prompt, *options, "--json"))
     out, err = capfd.readouterr()
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and err.startswith("pocketdiff: ") and says in err
@@ -364,7 +360,7 @@ def test_one_sentence_on_stderr_nothing_on_stdout_and_exit_code_2(
     "arguments",
     [
         ("inspect", "nowhere"),
-        ("generate", "-b", "nowhere", "-p", "hi"),
+        ("generate", "nowhere", "-p", "hi"),
         ("evaluate", "nowhere"),
         ("quantize", "nowhere", "out"),
         ("export", "nowhere", "out"),
@@ -391,8 +387,8 @@ def test_a_path_that_is_not_there_is_named(
     [
         ("frobnicate",),
         ("generate",),
-        ("generate", "-b", "x", "-p", "y", "--threads", "0"),
-        ("generate", "-b", "x", "-p", "y", "--threads", "many"),
+        ("generate", "x", "-p", "y", "--threads", "0"),
+        ("generate", "x", "-p", "y", "--threads", "many"),
         ("export", "a", "b", "--experts", "all"),
         ("quantize", "a", "b", "--algorithm", "guess"),
     ],
@@ -451,8 +447,8 @@ def test_an_interrupted_generation_exits_with_130(
     def interrupt(self: object, event: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scripts.live_canvas.PlainSteps.on_event", interrupt)
-    assert run(command("generate", "-b", toy_bundle, "-p", "hello", "--json")) == 130
+    monkeypatch.setattr("scripts.views.live_canvas.PlainSteps.on_event", interrupt)
+    assert run(command("generate", toy_bundle, "-p", "hello", "--json")) == 130
     assert capfd.readouterr().out == ""
 
 
@@ -527,25 +523,11 @@ def test_the_bar_in_a_terminal_shows_the_time_left(monkeypatch: pytest.MonkeyPat
     assert "27 h 44 min left" in said.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("4096", 4096), ("512M", 512 << 20), ("1.5GiB", 3 << 29), ("2 kb", 2048), ("7B", 7)],
-)
-def test_bytes_are_read_with_their_units(text: str, count: int) -> None:
-    assert byte_count(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "-1", "two", "1 X", "1e9", "1M2"])
-def test_what_is_no_number_of_bytes_is_told(text: str) -> None:
-    with pytest.raises(InputError, match="is no number of bytes; give one such as 512M"):
-        byte_count(text)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="mappings and /proc are Linux's")
 def test_generate_holds_a_memory_budget_and_says_what_it_took(
     toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = command("generate", "-b", toy_bundle, "-p", "abc", "--no-live", "--json")
+    plain = command("generate", toy_bundle, "-p", "abc", "--no-live", "--json")
 
     def answer(*more: str) -> dict[str, Any]:
         assert run([*plain, *more]) == 0

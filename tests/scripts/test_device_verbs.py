@@ -22,7 +22,10 @@ from tests.support.record_samples import bench as sample_bench
 # No adb server of this machine, and no serial of its user, has a say here.
 pytestmark = pytest.mark.usefixtures("no_server")
 
-SHORT = ("--cold", 0, "--speed", 1, "--natural", 0, "--memory", 0, "--steps", 2, "--poll", 0.1)
+SHORT = (
+    *("--cold-runs", 0, "--speed-runs", 1, "--natural-runs", 0, "--memory-runs", 0),
+    *("--steps", 2, "--poll-interval", 0.1),
+)
 
 
 def pocketdiff(*arguments: object) -> int:
@@ -54,7 +57,7 @@ def test_a_pushed_bundle_is_there_and_clean_removes_it(
         out = capfd.readouterr().out
         assert "nothing, all of it was there" in out and "/s" not in out
 
-        assert pocketdiff("clean", "--bundle", pushed["bundle_id"], "--serial", serial) == 0
+        assert pocketdiff("clean", "--bundle-id", pushed["bundle_id"], "--serial", serial) == 0
         assert "removed 1 bundle and 0 runs, " in capfd.readouterr().out
         assert deployed(transport) == []
 
@@ -127,7 +130,7 @@ def test_a_failed_run_is_reported_and_the_exit_code_says_so(
 ) -> None:
     results = tmp_path / "results.jsonl"
     # The runner needs longer than that to import what it runs with.
-    arguments = ("--serial", serial, "-o", results, *SHORT, "--hang", 0.2)
+    arguments = ("--serial", serial, "-o", results, *SHORT, "--hang-timeout", 0.2)
     assert pocketdiff("bench", toy_bundle, *arguments) == 2
     output = capfd.readouterr()
     document = last_line(output.out)
@@ -220,7 +223,7 @@ def test_a_device_that_does_not_answer_is_a_sentence(
     [
         (("--local", "--serial", "x"), "--local and --serial"),
         (("--local", "--via", "server"), "--via server"),
-        (("--local", "--speed", "-1"), "-1"),
+        (("--local", "--speed-runs", "-1"), "-1"),
         (("--local", "--max-temperature", "1000"), "1000"),
         (("--local", "--html", "/nowhere/at/all.html"), "/nowhere"),
         (("--local", "--canvases", "100000"), "canvases"),

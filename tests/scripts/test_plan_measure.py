@@ -18,8 +18,8 @@ from export.plan.presets import read_config
 from export.plan.roofline import time_of
 from export.plan.work import step_pass
 from quantize.recipe import preset
+from scripts.device_measurement import REMOTE
 from scripts.pocketdiff import run
-from scripts.verbs.plan_measure import REMOTE
 
 # No adb server of this machine, and no serial of its user, has a say here.
 pytestmark = pytest.mark.usefixtures("no_server")

@@ -49,7 +49,7 @@ def test_tables_name_every_device_with_its_verdict(capfd: pytest.CaptureFixture[
 def test_json_has_the_budget_the_roofline_and_the_break_even(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    found = document(capfd, "qwen3-0.6b-bd3lm", *FAST, "--acceptance", "3", "--steps", "40")
+    found = document(capfd, "qwen3-0.6b-bd3lm", *FAST, "--acceptance", "3", "--example-steps", "40")
     assert found["canvas_length"] == 32 and found["context"] == 2048
     assert sum(line["bytes"] for line in found["memory"]) > found["bundle_bytes"]
     phone = found["devices"][0]
@@ -84,7 +84,7 @@ def test_memory_and_recipe_and_context_change_the_answer(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     base = document(capfd, "sdar-4b", *FAST)
-    small = document(capfd, "sdar-4b", *FAST, "--memory", "2")
+    small = document(capfd, "sdar-4b", *FAST, "--memory", "2G")
     assert base["devices"][0]["verdict"] == "fits"
     assert small["devices"][0]["verdict"] in ("needs streaming", "refuses")
     plain = document(capfd, "sdar-4b", *FAST, "--recipe", "none")

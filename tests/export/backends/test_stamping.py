@@ -229,7 +229,7 @@ def test_a_killed_export_goes_on_to_the_same_bytes(
 ) -> None:
     command = (
         "export", folders["int4"], tmp_path / "cut.bundle",
-        "--maximum-context", str(CONTEXT), "--experts", "gather", "--layers-per-stage", "1",
+        "--context", str(CONTEXT), "--experts", "gather", "--layers-per-stage", "1",
     )  # fmt: skip
     # Killed while the form is lowered, then after a stage was stamped from it.
     for until in ("entry.pte", "layers_00.pte"):

@@ -53,15 +53,15 @@ class LiveCanvas:
         if isinstance(event, PromptEncoded):
             self._draw(Text(f"prompt: {event.done} of {event.total} tokens encoded", style="cyan"))
         elif isinstance(event, CanvasStarted):
-            noise = self._styled(event.tokens, [False] * len(event.tokens))
+            noise = self._styled(event.tokens.tolist(), [False] * len(event.tokens))
             self._draw(Text(f"canvas {event.canvas + 1}, all noise", style="cyan"), noise)
         elif isinstance(event, CanvasDenoised):
-            self._draw(_status(event), self._styled(event.tokens, event.accepted))
+            self._draw(_status(event), self._styled(event.tokens.tolist(), event.accepted.tolist()))
             if len(event.tokens) == 1:
                 return  # a token at a time needs no help to be seen
             time.sleep(max(0.0, SHOWN_STEP_S - (event.layers_ms + event.head_ms) / 1000))
         elif isinstance(event, CanvasCommitted):
-            self._committed.append("".join(self._pieces(event.tokens)))
+            self._committed.append("".join(self._pieces(event.tokens.tolist())))
             self._draw()
 
     def _styled(self, tokens: Sequence[int], accepted: Sequence[bool]) -> Text:

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from export.plan.device import Device, Figure, Rate
 from quantize.errors import DeviceError
+from scripts.device_access import check_unlocked, connected_device
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from device_tests.adb.transport import ShellResult
+
+Via = Literal["auto", "server", "direct"]
+
+ROOT = Path(__file__).parents[1]
 APP_SHARE = 0.8
 """Of a machine that runs Linux without a desktop; as of the boards that come with the project."""
 TIMEOUT_S = 540.0
-"""Shorter than what makes the lock of a device stale: no heartbeat is sent meanwhile."""
+"""Shorter than what makes the lock of a device stale, which is not renewed meanwhile."""
 REMOTE = "measure"
+MODULE = "export.measurement.measure"
 
 
 def measured_device(
     name: str,
     *,
     serial: str | None,
-    via: str,
+    via: Via,
     local: bool,
     threads: int | None,
     say: Callable[[str], None],
@@ -44,7 +52,7 @@ def measured_device(
             say("measuring this machine")
             found, title, how = _here(folder, threads), "", "on this machine"
         else:
-            found, title, how = _there(folder, serial, via, local, threads, say)
+            found, title, how = _on_device(folder, serial, via, local, threads, say)
     return described(name, found, title, how)
 
 
@@ -74,14 +82,14 @@ def described(name: str, found: dict[str, Any], title: str, how: str) -> Device:
             else "unknown: the page cache did not drop the files",
         ),
         "npu_int8_gops": Figure(None, "absent, or not measured"),
-        "runtime_anonymous_mib": Figure(
-            found["runtime_anonymous_bytes"] / 2**20,
-            f"measured {when} {how}: the Linux runner with its libraries after a call, no bundle",
-        ),
-        "runtime_file_mib": Figure(
-            found["runtime_file_bytes"] / 2**20,
-            f"measured {when} {how}: the Linux runner with its libraries after a call, no bundle",
-        ),
+        **{
+            f"runtime_{kind}_mib": Figure(
+                found[f"runtime_{kind}_bytes"] / 2**20,
+                f"measured {when} {how}: the Linux runner with its libraries after a call, no "
+                "bundle",
+            )
+            for kind in ("anonymous", "file")
+        },
     }
     rates = {
         key: Rate(key, tuple((float(rows), float(gops)) for rows, gops in points))
@@ -103,12 +111,15 @@ def described(name: str, found: dict[str, Any], title: str, how: str) -> Device:
 
 
 def _here(folder: Path, threads: int | None) -> dict[str, Any]:
-    words = [sys.executable, "-P", "-m", "export.measurement.measure", str(folder)]
-    words += [] if threads is None else [str(threads)]
     done = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-        env=_environment(),
-    )  # fmt: skip
+        [sys.executable, "-P", "-m", MODULE, *_arguments(str(folder), threads)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     if done.returncode != 0:
         raise DeviceError(
             f"the measurement ended with {done.returncode} ({done.stderr.strip()[-300:]}); set the "
@@ -117,42 +128,37 @@ def _here(folder: Path, threads: int | None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+def _arguments(folder: str, threads: int | None) -> list[str]:
+    return [folder] if threads is None else [folder, str(threads)]
 
 
-def _there(
+def _on_device(
     folder: Path,
     serial: str | None,
-    via: str,
+    via: Via,
     local: bool,
     threads: int | None,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], str, str]:
-    """Lower the programs, push them, measure as the only one there, take them away again."""
+    """Lower the programs, push them, measure as the only one there, remove them again."""
     from device_tests.bench import device_lock
     from device_tests.bench.runner import choose_runner
-    from device_tests.errors import DeviceBusy
     from device_tests.remote import conditions
     from device_tests.remote import files as remote_files
     from device_tests.remote.shell import DEVICE_ROOT, run_checked
     from device_tests.results.plain_text import plain
     from export.measurement.programs import write_programs
-    from scripts.verbs.device_verbs import _device
 
     lock_name = f"plan-measure-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    with _device(serial, via, local) as transport:
+    with connected_device(serial, via, local) as transport:
         device = conditions.read_device(transport)
         runner = choose_runner(device.android_sdk)
         remote = f"{DEVICE_ROOT}/{REMOTE}"
-        run = lambda command, timeout_s=30.0: run_checked(transport, command, timeout_s)  # noqa: E731
-        if (holder := device_lock.holder(transport)) is not None:  # before lowering, which is long
-            raise DeviceBusy(
-                f"the device {transport.serial} is taken by {holder}; wait for its end, or choose "
-                "another device"
-            )
+
+        def run(command: str, timeout_s: float = 30.0) -> ShellResult:
+            return run_checked(transport, command, timeout_s)
+
+        check_unlocked(transport)  # before lowering, which is long
         write_programs(folder, say)
         with device_lock.DeviceLock(transport, lock_name) as lock:
             if lock.note is not None:
@@ -166,9 +172,8 @@ def _there(
                         transport.push(source, f"{remote}/{path.name}", path.stat().st_size)
                     lock.beat()
                 say(f"measuring {transport.serial}")
-                words = [remote] if threads is None else [remote, str(threads)]
-                command = runner.module_command("export.measurement.measure", *words)
-                answer = run_checked(transport, command, TIMEOUT_S)
+                command = runner.module_command(MODULE, *_arguments(remote, threads))
+                answer = run(command, TIMEOUT_S)
             finally:
                 remote_files.remove(run, [remote])
         model = " ".join(part for part in (device.manufacturer, device.model) if part)

@@ -16,7 +16,7 @@ from device_tests.bench.events import (
 from device_tests.bench.plan import PlannedRun
 from device_tests.results.metrics import METRICS
 from device_tests.results.plain_text import plain, quantity
-from scripts.console import Reporter
+from scripts.console import Reporter, duration
 
 SHOWN = {
     "cold": ("load_cold_ms",),
@@ -32,7 +32,7 @@ _UNITS = {metric.name: metric.unit for metric in METRICS}
 
 
 class BenchView:
-    """Takes the benchmark's events and tells them through a Reporter."""
+    """Takes the benchmark's events and shows them through a Reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -53,7 +53,7 @@ class BenchView:
                 )
             case RunStarted():
                 self._done, self._runs = event.number - 1, event.runs
-                left = "" if event.eta_s is None else f", {_duration(event.eta_s)} left"
+                left = "" if event.eta_s is None else f", {duration(event.eta_s)} left"
                 self._now = f"{_name(event.run)}{left}"
                 self._show(self._now)
             case RunProgress():
@@ -111,11 +111,3 @@ def _line(event: RunEnded) -> str:
         for name in SHOWN[record["pass"]]
     ]
     return f"{head}: {', '.join(numbers) or 'done'}{warm}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
