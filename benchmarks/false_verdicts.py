@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from device_tests.results.compare import ratio_interval
+from device_tests.results.intervals import ratio_interval
 
 REPEATS = (3, 4, 5, 6, 8, 10)
 

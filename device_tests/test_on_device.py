@@ -23,6 +23,7 @@ from device_tests.conftest import pocketdiff
 from device_tests.errors import DeviceBusy
 from device_tests.remote.shell import DEVICE_ROOT
 from device_tests.results import records, report
+from device_tests.results.summary import summarize
 from export.contract.bundle import MANIFEST_FILE, Bundle
 from tests.support.browser import measure
 
@@ -176,7 +177,7 @@ def test_a_second_benchmark_is_refused_with_the_name_of_the_first(
 
 def test_the_report_tells_of_all_runs(outcome: BenchOutcome, results: Path) -> None:
     found = records.read(results)
-    [group] = report.to_json(report.summarize(found))["configurations"]
+    [group] = report.to_json(summarize(found))["configurations"]
     assert group["passes"] == {
         "cold": {"ok": 1, "failed": 0},
         "speed": {"ok": 2, "failed": 0},
@@ -193,7 +194,7 @@ def test_the_reports_page_stands_in_a_browser(
     tmp_path: Path,
 ) -> None:
     """Of these very runs: every plot drawn that there are data for, nothing beyond the screen."""
-    page = report.to_html(report.summarize(records.read(results)))
+    page = report.to_html(summarize(records.read(results)))
     assert bundle.manifest.model.name in page
     for width in (400, 1200):
         found = measure(chromium, tmp_path, page, width)

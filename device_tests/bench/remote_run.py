@@ -104,7 +104,7 @@ class RemoteRun:
         self._events: list[dict[str, Any]] = []
         self._samples: list[Sample] = []
         self._interruptions = 0
-        self._tell: Callable[[RunEvent], None] = lambda _: None
+        self._tell: Callable[[RunEvent], None] = _ignore
 
     def follow(
         self,
@@ -120,8 +120,7 @@ class RemoteRun:
         event for `hang_s` (those of timers do not count) the run is killed as hung. `each_poll` is
         a piece of shell that is run with every poll. `on_event` is called as events arrive.
         """
-        if on_event is not None:
-            self._tell = on_event
+        self._tell = on_event or _ignore
         try:
             failure, exit_code = self._watch(poll_s, hang_s, each_poll)
             if failure is None:
@@ -301,6 +300,10 @@ class RemoteRun:
         return RunOutcome(
             result, failure, tuple(self._events), tuple(self._samples), self._interruptions
         )
+
+
+def _ignore(event: RunEvent) -> None:
+    """What follows without `on_event`."""
 
 
 def start(

@@ -16,6 +16,7 @@ from export.contract import philox
 from export.contract.bundle import Bundle, Manifest
 from export.contract.runner_protocol import RunRequest
 from export.contract.scalars import Prompt
+from export.contract.styles import STYLES
 from export.host.puzzles import Puzzle, held_out
 from quantize.errors import InputError
 
@@ -62,13 +63,13 @@ def workload(plan: BenchPlan, name: Pass, manifest: Manifest) -> dict[str, Any]:
     """The workload of a pass as a record has it. Raises InputError if it does not fit the model."""
     info = manifest.model
     canvases, force_steps = plan.canvases, plan.force_steps
-    is_uniform = manifest.style == "uniform_diffusion"
+    style = STYLES[manifest.style]
     if canvases is None:
-        wanted = 1 if is_uniform else -(-DEFAULT_NEW_TOKENS // info.canvas_length)
+        wanted = style.usual_canvases(DEFAULT_NEW_TOKENS, info.canvas_length)
         fitting = (info.maximum_context - 1) // info.canvas_length
         canvases = max(1, min(wanted, fitting // 2))
     if force_steps is None:
-        force_steps = DEFAULT_STEPS if is_uniform else min(DEFAULT_STEPS, info.canvas_length)
+        force_steps = style.usual_steps(DEFAULT_STEPS, info.canvas_length)
     new_tokens = canvases * info.canvas_length
     room = info.maximum_context - new_tokens
     if room < 1:

@@ -1,7 +1,8 @@
 """Two sets of runs side by side: the ratio of each metric's medians with its interval.
 
 It refuses runs that were made under different conditions, except for what is named as different on
-purpose. What a metric is, and which repeats there are, is `metrics.py`.
+purpose. What a metric is, and which repeats there are, is `metrics.py`; how a comparison is shown
+`compare_views.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from device_tests.results import plain_text
 from device_tests.results.configuration import (
     CONDITIONS,
     MAY_VARY,
@@ -21,16 +19,17 @@ from device_tests.results.configuration import (
     condition_of,
     leaves,
 )
-from device_tests.results.metrics import (
-    AUTOREGRESSIVE,
-    METRICS,
-    Metric,
-    canvas_length,
-    percentile,
+from device_tests.results.intervals import (
+    LEVEL,
+    RESAMPLES,
+    Interval,
+    ratio_interval,
     share_interval,
-    value,
+    share_ratio_interval,
 )
-from device_tests.results.plain_text import markdown, plain, quantity
+from device_tests.results.metrics import METRICS, Metric, value
+from device_tests.results.plain_text import condition, plain, plain_tree, quantity
+from device_tests.results.record_fields import canvas_length, percentile
 from quantize.errors import UserError
 
 MINIMUM_REPEATS = 3
@@ -44,9 +43,6 @@ sides with three repeats each, the interval excludes 1 in 9 % (`benchmarks/false
 MINIMUM_PUZZLES = 10
 """On each side, for an interval of the ratio of exact matches."""
 
-LEVEL = 0.95
-RESAMPLES = 9999
-_SEED = 20250117
 _NO_RATIO = ("°C", "mA")
 """Units in which twice as much is not twice the number, or a sign is only a convention."""
 
@@ -57,7 +53,7 @@ _OF_FAMILY = frozenset({"workload.force_steps", "workload.max_new_tokens"})
 """Conditions that follow from the style: an autoregressive canvas is one token and one step."""
 
 ENERGY = "charge_per_answer_uah"
-"""The metric that tells of energy, where a battery does."""
+"""The metric of energy, where a battery shows it."""
 
 AT_A_GLANCE = (
     "exact_match",
@@ -97,7 +93,7 @@ class Side:
         return percentile(self.repeats, 50)
 
     @property
-    def interval(self) -> tuple[float, float] | None:
+    def interval(self) -> Interval | None:
         """Of a share: the 95 % Wilson interval."""
         return share_interval(self.trials)
 
@@ -117,7 +113,7 @@ class Row:
     """One metric on both sides.
 
     ratio: median of B by median of A. interval: 95 %, None where there is none, and then `why` says
-    so. verdict: how B stands to A, told only where the interval excludes 1 and each side has
+    so. verdict: how B stands to A, known only where the interval excludes 1 and each side has
     VERDICT_REPEATS, or neither varied at all. style: where a metric
     counts another thing on each side, the one that this row is about.
     """
@@ -126,7 +122,7 @@ class Row:
     a: Side
     b: Side
     ratio: float | None
-    interval: tuple[float, float] | None
+    interval: Interval | None
     verdict: Verdict
     why: str = ""
     style: str = ""
@@ -146,8 +142,9 @@ class Row:
         """What a person reads."""
         if not self.style:
             return self.metric.title
-        if self.style == AUTOREGRESSIVE:
-            return self.metric.title_in(self.style) or self.metric.title
+        own = self.metric.title_in(self.style)
+        if own and own != self.metric.title:
+            return own
         return f"{self.metric.title} ({self.style.replace('_diffusion', '')})"
 
     @property
@@ -280,7 +277,9 @@ def compare(
             f"{'; '.join(found.sentence for found in refused)}; choose runs that agree, or say "
             f"that they differ on purpose with `--across {','.join(names)}`"
         )
-    mixed = [found for found in differences if found.mixed and not _may_vary(found)]
+    mixed = [
+        found for found in differences if found.mixed and condition_of(found.leaf) not in MAY_VARY
+    ]
     if mixed:
         raise CompareRefused(
             "runs of one side were made under different conditions: "
@@ -306,9 +305,9 @@ def compare(
 
 
 def _is_on_purpose(found: Difference, across: Sequence[str]) -> bool:
-    condition = condition_of(found.leaf)
-    of_family = condition == "bundle" or found.leaf in _OF_FAMILY
-    return condition in across or (FAMILY in across and of_family)
+    name = condition_of(found.leaf)
+    of_family = name == "bundle" or found.leaf in _OF_FAMILY
+    return name in across or (FAMILY in across and of_family)
 
 
 def _to_be_named(differences: Sequence[Difference], across: Sequence[str]) -> list[str]:
@@ -323,7 +322,7 @@ def _to_be_named(differences: Sequence[Difference], across: Sequence[str]) -> li
 
 
 def _bundle(records: Sequence[Record]) -> dict[str, Any]:
-    return plain_text.plain_tree(dict(records[0]["conditions"]["bundle"]))
+    return plain_tree(dict(records[0]["conditions"]["bundle"]))
 
 
 def _heading(bundle: dict[str, Any]) -> str:
@@ -338,15 +337,10 @@ def _styles(a: Sequence[Record], b: Sequence[Record]) -> tuple[str, str] | None:
     styles = [plain(side[0]["conditions"]["bundle"]["style"], 60) for side in (a, b)]
     if styles[0] != styles[1]:
         return styles[0], styles[1]
-    lengths = [max(map(canvas_length, side)) for side in (a, b)]
-    if lengths[0] == lengths[1] or not all(lengths):
+    one, other = (max(map(canvas_length, side)) for side in (a, b))
+    if one == other or not (one and other):
         return None
-    return tuple(f"{styles[0]}, canvas of {length}" for length in lengths)
-
-
-def _may_vary(found: Difference) -> bool:
-    """Whether it changes by itself within a bench, and may if it is named in across."""
-    return condition_of(found.leaf) in MAY_VARY
+    return f"{styles[0]}, canvas of {one}", f"{styles[0]}, canvas of {other}"
 
 
 def _failed(records: Sequence[Record]) -> int:
@@ -389,7 +383,7 @@ def _by_pass(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _values(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """leaf -> canonical text -> value, over the records; a leaf that one lacks is told as None."""
+    """leaf -> canonical text -> value, over the records; a leaf that one lacks is None."""
     all_leaves = [leaves(record) for record in records]
     names = dict.fromkeys(name for found in all_leaves for name in found)
     return {
@@ -399,7 +393,7 @@ def _values(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def _show(leaf: str, values: dict[str, Any]) -> str:
-    shown = [plain_text.condition(leaf, found) for found in values.values()]
+    shown = [condition(leaf, found) for found in values.values()]
     return " or ".join(text if len(text) <= 120 else text[:120] + "…" for text in shown) or "absent"
 
 
@@ -427,85 +421,42 @@ def _rows(
 
 def _side(metric: Metric, records: Sequence[Record]) -> Side:
     found = [(r, number) for r in records if (number := value(metric, r)) is not None]
-    failed = sum(r["status"] != "ok" and r["pass"] in metric.passes for r in records)
+    failed = sum(r["status"] != "ok" and r["pass"] == metric.pass_ for r in records)
     trials = metric.trials(found[0][0]) if found and metric.trials is not None else ()
     return Side(tuple(number for _, number in found), failed, tuple(trials))
 
 
-def _ratio(
-    metric: Metric, a: Side, b: Side
-) -> tuple[float | None, tuple[float, float] | None, str]:
+def _ratio(metric: Metric, a: Side, b: Side) -> tuple[float | None, Interval | None, str]:
+    """The ratio and its interval; where there is none, why."""
     if metric.unit in _NO_RATIO:
         return None, None, f"none of {metric.unit}"
-    if not a.repeats or not b.repeats:
-        return None, None, f"{'B' if a.repeats else 'A'} has no number"
+    if a.median is None or b.median is None:
+        return None, None, f"{'A' if a.median is None else 'B'} has no number"
     if min(a.repeats) <= 0:
         if min(*a.repeats, *b.repeats) == max(*a.repeats, *b.repeats):
             return None, None, "all are 0"
         return None, None, "A is 0 or less"
-    if metric.trials is not None:
-        return _ratio_of_shares(a, b)
     ratio = b.median / a.median
-    fewest = min(len(a.repeats), len(b.repeats))
-    if fewest < MINIMUM_REPEATS:
+    if metric.trials is not None:
+        if [prompt for prompt, _ in a.trials] != [prompt for prompt, _ in b.trials]:
+            return ratio, None, "other puzzles"
+        if len(a.trials) < MINIMUM_PUZZLES:
+            return ratio, None, "too few puzzles"
+        one, other = ([is_exact for _, is_exact in side.trials] for side in (a, b))
+        return ratio, share_ratio_interval(one, other), ""
+    if min(len(a.repeats), len(b.repeats)) < MINIMUM_REPEATS:
         return ratio, None, "too few runs"
     return ratio, ratio_interval(a.repeats, b.repeats), ""
 
 
-def _ratio_of_shares(a: Side, b: Side) -> tuple[float | None, tuple[float, float] | None, str]:
-    ratio = b.median / a.median
-    if [prompt for prompt, _ in a.trials] != [prompt for prompt, _ in b.trials]:
-        return ratio, None, "other puzzles"
-    right = [[is_exact for _, is_exact in side.trials] for side in (a, b)]
-    if len(right[0]) < MINIMUM_PUZZLES:
-        return ratio, None, "too few puzzles"
-    return ratio, share_ratio_interval(*right), ""
-
-
-def share_ratio_interval(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
-    """The 95 % percentile-bootstrap interval of mean(b) / mean(a) over puzzles in pairs: number n
-    of both is the same puzzle."""
-    one, other = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    random = np.random.default_rng(_SEED)
-    ratios = []
-    for _ in range(RESAMPLES):
-        drawn = random.integers(0, len(one), len(one))
-        base = one[drawn].sum()
-        # A resample without one right answer of A has no ratio: the interval is open there.
-        ratios.append(other[drawn].sum() / base if base else np.inf)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail], method="nearest")
-    return float(low), float(high)
-
-
-def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """The 95 % percentile-bootstrap interval of median(b) / median(a), always the same."""
-    # Imported here: scipy.stats takes a second that `--help` need not pay.
-    from scipy.stats import bootstrap
-
-    def statistic(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.median(other, axis=axis) / np.median(one, axis=axis)
-
-    interval = bootstrap(
-        (np.asarray(a, dtype=float), np.asarray(b, dtype=float)),
-        statistic,
-        n_resamples=RESAMPLES,
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def _is_too_few(metric: Metric, interval: tuple[float, float] | None, fewest: int) -> bool:
+def _is_too_few(metric: Metric, interval: Interval | None, fewest: int) -> bool:
     """A share is over puzzles, and what never varied is a count and no sample of a noise."""
     if interval is None or metric.trials is not None or interval[0] == interval[1]:
         return False
     return fewest < VERDICT_REPEATS
 
 
-def _verdict(metric: Metric, interval: tuple[float, float] | None, fewest: int) -> Verdict:
+def _verdict(metric: Metric, interval: Interval | None, fewest: int) -> Verdict:
     if interval is None:
         return "not known"
     if _is_too_few(metric, interval, fewest):
@@ -517,173 +468,3 @@ def _verdict(metric: Metric, interval: tuple[float, float] | None, fewest: int) 
     if metric.direction == "none":
         return "higher" if rises else "lower"
     return "better" if rises == (metric.direction == "higher") else "worse"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    interval = row.why if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval)
-    return (
-        row.title,
-        row.a.show(row.metric.unit),
-        row.b.show(row.metric.unit),
-        f"{_count(row.a)}, {_count(row.b)}",
-        "-" if row.ratio is None else f"{row.ratio:.3f}",
-        interval,
-        "" if row.verdict == "not known" else row.verdict,
-    )
-
-
-def _count(side: Side) -> str:
-    return f"{len(side.repeats)} (+{side.failed} failed)" if side.failed else f"{len(side.repeats)}"
-
-
-_HEADINGS = ("metric", "A", "B", "runs A, B", "B / A", "95 % interval", "B is")
-
-
-def _summary(comparison: Comparison) -> str:
-    (runs_a, runs_b), (failed_a, failed_b) = comparison.runs, comparison.failed
-    return f"A: {runs_a} runs, {failed_a} failed; B: {runs_b} runs, {failed_b} failed"
-
-
-def _table(title: str, rows: Sequence[Row]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for index, heading in enumerate(_HEADINGS):
-        table.add_column(
-            heading,
-            justify="right" if 0 < index < 6 else "left",
-            style="cyan" if index == 0 else "",
-            overflow="fold",
-        )
-    styles = {"better": "green", "worse": "red"}
-    for row in rows:
-        *cells, verdict = _cells(row)
-        table.add_row(*map(Text, cells), Text(verdict, style=styles.get(row.verdict, "")))
-    return table
-
-
-def to_rich(comparison: Comparison) -> Any:
-    """The comparison for a terminal: one renderable of rich, readable at a width of 100."""
-    from rich.console import Group
-    from rich.text import Text
-
-    shown: list[Any] = [
-        Text(f"{side}: {heading}", style="bold")
-        for side, heading in zip("AB", comparison.headings, strict=True)
-    ]
-    shown.append(Text(_summary(comparison)))
-    shown += [
-        Text(f"on purpose: {found.sentence}", style="yellow") for found in comparison.differences
-    ]
-    shown += [_table(title, rows) for title, rows in comparison.groups]
-    shown += [
-        Text(f"failed: {side} {run}: {reason}: {sentence}", style="red")
-        for side, run, reason, sentence in comparison.failures
-    ]
-    shown += [Text(note, style="dim") for note in comparison.notes]
-    return Group(*shown)
-
-
-def to_text(comparison: Comparison, width: int = 100) -> str:
-    """The comparison as plain text of at most `width` columns, without colours."""
-    from rich.console import Console
-
-    console = Console(width=width, highlight=False, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(to_rich(comparison))
-    return capture.get()
-
-
-def to_markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown with tables."""
-    lines = [
-        f"- **{side}**: {markdown(heading)}"
-        for side, heading in zip("AB", comparison.headings, strict=True)
-    ]
-    lines += ["", f"{_summary(comparison)}.", ""]
-    if comparison.differences:
-        lines += ["| different on purpose | A | B |", "|---|---|---|"]
-        for found in comparison.differences:
-            cells = map(markdown, (found.leaf, found.a, found.b))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    for title, rows in comparison.groups:
-        lines += [f"**{title.capitalize()}**", ""] if title else []
-        lines += [f"| {' | '.join(_HEADINGS)} |", "|---|---:|---:|---:|---:|---:|---|"]
-        lines += [f"| {' | '.join(map(markdown, _cells(row)))} |" for row in rows]
-        lines.append("")
-    if comparison.failures:
-        lines += ["| failed run | reason | what happened |", "|---|---|---|"]
-        for side, run, reason, sentence in comparison.failures:
-            cells = map(markdown, (f"{side} {run}", reason, sentence))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    lines += [f"- {markdown(note)}." for note in comparison.notes]
-    return "\n".join(lines) + "\n"
-
-
-def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as one JSON document, all numbers exact and finite."""
-    return {
-        "compare": "pocketdiff",
-        "schema_version": 1,
-        "across": list(comparison.across),
-        "differences": [
-            {"condition": plain(found.leaf), "a": found.a, "b": found.b}
-            for found in comparison.differences
-        ],
-        **{
-            side: {
-                "runs": comparison.runs[index],
-                "failed": comparison.failed[index],
-                "bundle": comparison.bundles[index],
-            }
-            for index, side in enumerate("ab")
-        },
-        "level": LEVEL,
-        "metrics": {
-            row.name: {
-                "unit": row.metric.unit,
-                "a": row.a.median,
-                "b": row.b.median,
-                "a_repeats": list(row.a.repeats),
-                "b_repeats": list(row.b.repeats),
-                "a_failed": row.a.failed,
-                "b_failed": row.b.failed,
-                **_share_json(row),
-                "ratio": row.ratio,
-                "interval": _finite(row.interval),
-                "verdict": row.verdict,
-                "why": row.why,
-            }
-            for row in comparison.rows
-        },
-        "failures": [
-            {"side": side, "run": run, "reason": reason, "sentence": sentence}
-            for side, run, reason, sentence in comparison.failures
-        ],
-        "notes": list(comparison.notes),
-    }
-
-
-def _finite(interval: tuple[float, float] | None) -> list[float | None] | None:
-    """JSON has no infinity: an end that is open is null."""
-    return None if interval is None else [end if np.isfinite(end) else None for end in interval]
-
-
-def _share_json(row: Row) -> dict[str, Any]:
-    """What a share has more: how many of how many, and each side's own interval."""
-    if row.metric.trials is None:
-        return {}
-    return {
-        f"{name}_{what}": found
-        for name, side in (("a", row.a), ("b", row.b))
-        for what, found in (
-            ("correct", sum(is_exact for _, is_exact in side.trials)),
-            ("count", len(side.trials)),
-            ("interval_95", None if side.interval is None else list(side.interval)),
-        )
-    }

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Record = Mapping[str, Any]
+from device_tests.results.record_fields import Record
 
 CONDITIONS: dict[str, str] = {
     "device": "the device: serial, model, processor, cores, memory",

@@ -9,7 +9,7 @@ import dataclasses
 
 from device_tests.results.plain_text import plain
 from device_tests.results.prediction import Forecast, Prediction, Roofline
-from device_tests.results.report import Group, Summary
+from device_tests.results.summary import Group, Summary
 from export.families.shapes import ModelShape
 from export.plan.budget import budget_of_layout
 from export.plan.device import Device
@@ -64,13 +64,13 @@ def _with_forecast(
     memory = budget_of_layout(layout, device).total_bytes
     by_name = {item.metric.name: item for item in group.quantities}
     rows = []
-    for name, predicted, roofline in (
+    for metric, predicted, roofline in (
         ("peak_rss_bytes", float(memory), None),
         ("step_ms", step.ms, Roofline(best.best_ms, best.bound)),
     ):
-        item = by_name[name]
+        item = by_name[metric]
         rows.append(
-            Prediction(name, item.title, item.metric.unit, predicted, item.median, roofline)
+            Prediction(metric, item.title, item.metric.unit, predicted, item.median, roofline)
         )
     name = None if recipe is None else recipe.name
     notes = group.notes

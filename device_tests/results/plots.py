@@ -21,8 +21,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from device_tests.results.metrics import (
-    BY_NAME,
+from device_tests.results.metrics import BY_NAME, value
+from device_tests.results.plain_text import quantity
+from device_tests.results.record_fields import (
+    Record,
     accepted_positions,
     canvas_length,
     event_step_times,
@@ -31,11 +33,7 @@ from device_tests.results.metrics import (
     memory_series,
     percentile,
     step_times,
-    value,
 )
-from device_tests.results.plain_text import quantity
-
-Record = Mapping[str, Any]
 
 WIDTH_IN, HEIGHT_IN = 4.5, 2.9
 """Small, so that 8.5 points are still readable when a phone shows the plot in its full width."""
@@ -401,9 +399,9 @@ def _paint_step_spread(figure: Figure, records: Sequence[Record]) -> tuple[str, 
     axes.set_xticks(range(0, len(runs), every), [number for _, number in names[::every]])
     axes.set(xlabel=names[0][0], ylabel="step, ms")
     axes.grid(axis="x", visible=False)
-    drawn = "Every step" if stride == 1 else f"One step in {stride}"
+    which = "Every step" if stride == 1 else f"One step in {stride}"
     caption = (
-        f"{drawn} of every repeat, in its order from left to right. Box: quartiles and median of "
+        f"{which} of every repeat, in its order from left to right. Box: quartiles and median of "
         "all steps; whiskers: 5th and 95th percentile. The axis does not begin at 0."
     )
     return caption, f"Strip and box plot of the step times of {len(runs)} repeats. {caption}"

@@ -1,360 +1,19 @@
 """The report of a results file: text, Markdown, JSON, or one self-contained HTML page.
 
-Metrics are defined in `metrics.py`, plots drawn in `plots.py`; two results are set side by side in
-`compare.py`. Whatever a device said is untrusted and shown as inert text.
+What it says is `summary.py`, plots are drawn in `plots.py`; two results are set side by side in
+`compare.py`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device_tests.results import plain_text
-from device_tests.results.configuration import (
-    Configuration,
-    Record,
-    configurations,
-)
-from device_tests.results.metrics import (
-    BY_NAME,
-    METRICS,
-    Metric,
-    percentile,
-    pooled_steps,
-    share_interval,
-    statistic_of,
-    step_times,
-    value,
-)
-from device_tests.results.plain_text import markdown, plain, quantity
+from device_tests.results.intervals import share_interval
+from device_tests.results.plain_text import field_name, markdown, quantity
 from device_tests.results.prediction import EXPLANATION, HEADINGS, Forecast
-
-HEADLINE = (
-    "step_ms",
-    "first_draft_ms",
-    "first_commit_ms",
-    "tokens_per_s",
-    "tokens_per_forward",
-    "exact_match",
-    "answer_ms",
-    "load_warm_ms",
-    "peak_rss_bytes",
-    "hottest_during_c",
-)
-"""The metrics on top of a configuration, as far as there are numbers."""
-
-_NARROW_WIDTH = 100
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """One run's number."""
-
-    run_id: str
-    repeat: int
-    value: float
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A metric over the repeats of its passes.
-
-    title: what it is called in the bundle's style of generation.
-    `median`, `p5` and `p95` are over the repeats, or over the steps of all repeats put together
-    where the metric is one of steps (`steps` counts them); percentiles by linear interpolation.
-    For a metric that is itself a percentile `median` holds that percentile and the others are None.
-    `failed` counts the runs of the passes that failed. trials: of a share, prompt and whether its
-    answer is right; of the first repeat, since the others answer the same with the same seed.
-    """
-
-    metric: Metric
-    title: str
-    median: float | None
-    p5: float | None
-    p95: float | None
-    repeats: tuple[Repeat, ...]
-    failed: int
-    steps: int = 0
-    trials: tuple[tuple[str, bool], ...] = ()
-
-    def show(self, number: float | None) -> str:
-        """A number of this quantity with its unit."""
-        return quantity(number, self.metric.unit)
-
-    @property
-    def range(self) -> str:
-        """From the 5th to the 95th percentile; of a share its 95 % interval."""
-        if (interval := share_interval(self.trials)) is not None:
-            return "{:.1f} to {:.1f} % (95 %)".format(*(100 * end for end in interval))
-        if self.p5 is None or self.p95 is None or max(len(self.repeats), self.steps) < 2:
-            return "-"
-        if self.p5 == self.p95:
-            return "all equal"
-        low, high = self.show(self.p5), self.show(self.p95)
-        number, _, unit = low.rpartition(" ")
-        return f"{number} to {high}" if high.endswith(f" {unit}") else f"{low} to {high}"
-
-    @property
-    def count(self) -> str:
-        """How many runs, and steps, the number is over."""
-        runs = str(len(self.repeats))
-        if self.trials:
-            return f"{runs} ({len(self.trials)} puzzles)"
-        return f"{runs} ({self.steps} steps)" if self.steps else runs
-
-
-@dataclass(frozen=True)
-class Run:
-    """One line of the list of runs; `step` is its median step time, of whatever pass it is."""
-
-    run_id: str
-    pass_: str
-    repeat: int
-    started_at: str
-    status: str
-    begin_c: float | None
-    waited_s: float
-    step: str
-    reason: str
-    sentence: str
-    evidence: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """One configuration: its conditions, what was measured under them, and what failed.
-
-    forecast: what was predicted of it, if somebody asked (`planned.py`).
-    """
-
-    title: str
-    subtitle: str
-    conditions: tuple[tuple[str, str], ...]
-    raw_conditions: dict[str, Any]
-    notes: tuple[str, ...]
-    quantities: tuple[Quantity, ...]
-    runs: tuple[Run, ...]
-    records: tuple[Record, ...]
-    forecast: Forecast | None = None
-
-    @property
-    def failures(self) -> tuple[Run, ...]:
-        """The runs that failed."""
-        return tuple(run for run in self.runs if run.status != "ok")
-
-    @property
-    def passes(self) -> dict[str, tuple[int, int]]:
-        """Pass -> runs that went well, runs that failed."""
-        counts: dict[str, tuple[int, int]] = {}
-        for run in self.runs:
-            ok, failed = counts.get(run.pass_, (0, 0))
-            is_ok = run.status == "ok"
-            counts[run.pass_] = (ok + is_ok, failed + (not is_ok))
-        return counts
-
-    @property
-    def headline(self) -> tuple[Quantity, ...]:
-        """The main numbers."""
-        by_name = {found.metric.name: found for found in self.quantities}
-        return tuple(
-            by_name[name]
-            for name in HEADLINE
-            if name in by_name and by_name[name].median is not None
-        )
-
-    @property
-    def sections(self) -> dict[str, list[Quantity]]:
-        """Quantities by section, those without a number left out."""
-        found: dict[str, list[Quantity]] = {}
-        for item in self.quantities:
-            if item.median is not None:
-                found.setdefault(item.metric.section, []).append(item)
-        return found
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """What the metrics are called that no run gave."""
-        return tuple(item.title for item in self.quantities if item.median is None)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All configurations of a results file."""
-
-    groups: tuple[Group, ...]
-    runs: int
-    failed: int
-
-    @property
-    def counted(self) -> str:
-        """How many runs there are and how they ended."""
-        configurations = len(self.groups)
-        return (
-            f"{self.runs} run{'s' * (self.runs != 1)} in {configurations} "
-            f"configuration{'s' * (configurations != 1)}, {self.failed} failed"
-        )
-
-
-def summarize(records: Iterable[Record]) -> Summary:
-    """What the records say, by configuration."""
-    records = list(records)
-    return Summary(
-        tuple(_group(found) for found in configurations(records)),
-        len(records),
-        sum(record["status"] != "ok" for record in records),
-    )
-
-
-def quantities(records: Sequence[Record]) -> tuple[Quantity, ...]:
-    """Every metric over the records of one configuration that means something in its style."""
-    style = records[0]["conditions"]["bundle"]["style"]
-    return tuple(
-        _quantity(metric, title, records)
-        for metric in METRICS
-        if (title := metric.title_in(style)) is not None
-    )
-
-
-def _quantity(metric: Metric, title: str, records: Sequence[Record]) -> Quantity:
-    repeats = tuple(
-        Repeat(plain(record["run_id"]), record["repeat"], number)
-        for record in records
-        if (number := value(metric, record)) is not None
-    )
-    failed = sum(record["status"] != "ok" and record["pass"] in metric.passes for record in records)
-    if metric.pool is None:
-        numbers = [repeat.value for repeat in repeats]
-        return Quantity(
-            metric,
-            title,
-            percentile(numbers, 50),
-            percentile(numbers, 5),
-            percentile(numbers, 95),
-            repeats,
-            failed,
-            trials=tuple(_trials(metric, records)),
-        )
-    steps = pooled_steps(metric, records)
-    is_median = metric.statistic == "median"
-    return Quantity(
-        metric,
-        title,
-        statistic_of(steps, metric.statistic),
-        percentile(steps, 5) if is_median else None,
-        percentile(steps, 95) if is_median else None,
-        repeats,
-        failed,
-        len(steps),
-    )
-
-
-def _trials(metric: Metric, records: Sequence[Record]) -> Sequence[tuple[str, bool]]:
-    if metric.trials is None:
-        return ()
-    return next((metric.trials(r) for r in records if value(metric, r) is not None), ())
-
-
-def _group(found: Configuration) -> Group:
-    leaves = found.leaves
-    threads = leaves["threads"]
-    model = " ".join(
-        plain(leaves[f"device.{name}"], 60)
-        for name in ("manufacturer", "model")
-        if leaves[f"device.{name}"]
-    )
-    if not model:
-        model = plain(leaves["device.soc"] or leaves["device.serial"], 60)
-    title = f"{plain(leaves['bundle.name'], 60)} on {model}, "
-    title += (
-        "runtime's choice of threads"
-        if threads is None
-        else f"{threads} thread{'s' * (threads != 1)}"
-    )
-    return Group(
-        title,
-        _workload(leaves),
-        tuple((plain(leaf, 80), plain_text.condition(leaf, leaves[leaf])) for leaf in leaves),
-        plain_text.plain_tree(leaves),
-        tuple(_notes(found)),
-        quantities(found.records),
-        tuple(_run(record) for record in found.records),
-        tuple(found.records),
-    )
-
-
-def _workload(leaves: Mapping[str, Any]) -> str:
-    natural = "workload in the natural pass"
-    forced = leaves["workload.force_steps"]
-    shown = _prompt(leaves, "workload")
-    if f"{natural}.prompt_text" in leaves:
-        shown += f" (natural pass: {_prompt(leaves, natural)})"
-    puzzles = leaves.get("workload in the puzzles pass.puzzles")
-    if puzzles is not None:
-        shown += f" (puzzles pass: {puzzles} held-out puzzles of each kind)"
-    shown += f", up to {leaves['workload.max_new_tokens']} new tokens"
-    shown += f", seed {leaves['workload.seed']}"
-    return shown if forced is None else f"{shown}, {forced} steps a canvas forced for speed"
-
-
-def _prompt(leaves: Mapping[str, Any], workload: str) -> str:
-    text, tokens = (leaves.get(f"{workload}.prompt_{kind}") for kind in ("text", "tokens"))
-    if (puzzles := leaves.get(f"{workload}.puzzles")) is not None:
-        return f"{puzzles} held-out puzzles of each kind"
-    if text is not None:
-        return f"prompt “{plain(text, 60)}”"
-    return "prompt not told" if tokens is None else f"random prompt of {tokens} tokens"
-
-
-def _notes(found: Configuration) -> Iterable[str]:
-    """What a reader must know before believing a number."""
-    records = found.records
-    for leaf, counts in found.varied.items():
-        yield (
-            f"{plain(leaf)} was not the same in all runs: {len(counts)} values over "
-            f"{len(records)} runs; the runs are kept together, compare refuses them"
-        )
-    results = [record["result"] for record in records if record["status"] == "ok"]
-    chosen = Counter(plain(result.get("threads"), 20) for result in results)
-    if found.leaves["threads"] is None and chosen:
-        yield f"the runtime chose its threads: {', '.join(chosen)}"
-    unseen = [record for record in records if record["gate"]["sensor"] is None]
-    if unseen:
-        yield (
-            f"the device shows no CPU temperature in {len(unseen)} of {len(records)} runs: the "
-            "thermal gate could not hold them back, and heat may be in the numbers"
-        )
-    cold = [r for r in records if r["pass"] == "cold" and r["status"] == "ok"]
-    warm = sum(value(BY_NAME["load_cold_ms"], record) is None for record in cold)
-    if warm:
-        yield (
-            f"{warm} of {len(cold)} cold loads were not cold: the device did not let the bundle "
-            "be dropped from the page cache, so there is no cold load time of them"
-        )
-    counts = Counter(record["pass"] for record in records if record["status"] == "ok")
-    if 0 < counts["speed"] < 3:
-        yield f"only {counts['speed']} speed run(s): the spread over repeats is not known"
-
-
-def _run(record: Record) -> Run:
-    failure = record["failure"] or {"reason": "", "sentence": "", "evidence": {}}
-    evidence = "; ".join(f"{key} {item}" for key, item in failure["evidence"].items())
-    gate = record["gate"]
-    return Run(
-        plain(record["run_id"]),
-        record["pass"],
-        record["repeat"],
-        plain(record["started_at"]),
-        record["status"],
-        gate["begin_c"],
-        gate["waited_s"],
-        quantity(percentile(step_times(record), 50), "ms"),
-        plain(failure["reason"]),
-        plain(failure["sentence"], 4000),
-        plain(evidence, 1000),
-    )
+from device_tests.results.summary import Group, Quantity, Summary
+from device_tests.results.tables import WIDTH, Table, as_text
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
@@ -411,6 +70,25 @@ def _share_json(found: Quantity) -> dict[str, Any]:
     return {"correct": correct, "count": len(found.trials), "interval_95": list(interval)}
 
 
+def _metrics(group: Group) -> Table:
+    rows = [
+        (
+            found.title,
+            found.show(found.median),
+            found.range,
+            found.count,
+            str(found.failed) if found.failed else "",
+        )
+        for found in group.quantities
+        if found.median is not None
+    ]
+    return Table(("metric", "median", "p5 to p95", "runs", "failed"), rows, "lrrlr")
+
+
+def _forecast(forecast: Forecast) -> Table:
+    return Table(HEADINGS, [row.cells for row in forecast.rows], "lrrrrr")
+
+
 def to_markdown(summary: Summary) -> str:
     """The summary as Markdown with tables, as GitHub shows it."""
     lines = ["# Benchmark", "", f"{summary.counted}.", ""]
@@ -418,109 +96,58 @@ def to_markdown(summary: Summary) -> str:
         lines += [f"## {markdown(group.title)}", "", f"{markdown(group.subtitle)}.", ""]
         lines += [f"- **Note**: {markdown(note)}." for note in group.notes]
         lines += [""] if group.notes else []
-        lines += _forecast_markdown(group)
-        lines += ["| metric | median | p5 to p95 | runs | failed |", "|---|---:|---:|---|---:|"]
-        for found in group.quantities:
-            if found.median is not None:
-                lines.append(f"| {' | '.join(map(markdown, _cells(found)))} |")
-        lines += ["", f"Not measured: {_missing(group)}.", ""] if group.missing else [""]
+        if group.forecast is not None:
+            lines += ["**Predicted and measured**", "", f"{markdown(group.forecast.basis)}.", ""]
+            lines += [*_forecast(group.forecast).to_markdown(), "", f"{markdown(EXPLANATION)}.", ""]
+        lines += [*_metrics(group).to_markdown(), ""]
+        lines += [f"Not measured: {_missing(group)}.", ""] if group.missing else []
         if group.failures:
-            lines += ["| failed run | reason | what happened |", "|---|---|---|"]
-            for run in group.failures:
-                cells = (f"{run.pass_} {run.repeat}", run.reason, run.sentence)
-                lines.append(f"| {' | '.join(map(markdown, cells))} |")
-            lines.append("")
-        lines += ["| repeat of | each run |", "|---|---|"]
-        for found in group.quantities:
-            if len(found.repeats) > 1:
-                lines.append(f"| {markdown(found.title)} | {markdown(_each(found))} |")
-        lines += ["", "| condition | value |", "|---|---|"]
-        lines += [f"| {markdown(leaf)} | {markdown(shown)} |" for leaf, shown in group.conditions]
-        lines.append("")
+            failures = [
+                (f"{run.pass_} {run.repeat}", run.reason, run.sentence) for run in group.failures
+            ]
+            lines += [*Table(("failed run", "reason", "what happened"), failures).to_markdown(), ""]
+        repeats = [
+            (found.title, ", ".join(found.show(repeat.value) for repeat in found.repeats))
+            for found in group.quantities
+            if len(found.repeats) > 1
+        ]
+        lines += [*Table(("repeat of", "each run"), repeats).to_markdown(), ""]
+        lines += [*Table(("condition", "value"), group.conditions).to_markdown(), ""]
     return "\n".join(lines)
-
-
-def _forecast_markdown(group: Group) -> list[str]:
-    if group.forecast is None:
-        return []
-    return [
-        "**Predicted and measured**", "", f"{markdown(group.forecast.basis)}.", "",
-        f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|---:|---:|",
-        *(f"| {' | '.join(map(markdown, row.cells))} |" for row in group.forecast.rows),
-        "", f"{markdown(EXPLANATION)}.", "",
-    ]  # fmt: skip
-
-
-def _cells(found: Quantity) -> tuple[str, ...]:
-    """A quantity as a row of a table."""
-    return (
-        found.title,
-        found.show(found.median),
-        found.range,
-        found.count,
-        str(found.failed) if found.failed else "",
-    )
 
 
 def _missing(group: Group) -> str:
     return ", ".join(title.lower() for title in group.missing)
 
 
-def _each(found: Quantity) -> str:
-    return ", ".join(found.show(repeat.value) for repeat in found.repeats)
-
-
 def to_rich(summary: Summary) -> Any:
     """The summary for a terminal: one renderable of rich, readable at a width of 100."""
     from rich.console import Group as Lines
-    from rich.table import Table
     from rich.text import Text
 
     shown: list[Any] = [Text(summary.counted)]
     for group in summary.groups:
         shown += [Text(), Text(group.title, style="bold"), Text(group.subtitle, style="dim")]
         shown += [Text(f"note: {note}", style="yellow") for note in group.notes]
-        table = Table(box=None, pad_edge=False)
-        table.add_column("metric", style="cyan", overflow="fold")
-        for name in ("median", "p5 to p95", "runs", "failed"):
-            table.add_column(name, justify="right", overflow="fold")
-        for found in group.quantities:
-            if found.median is not None:
-                table.add_row(*map(Text, _cells(found)))
-        shown.append(table)
+        shown.append(_metrics(group).to_rich())
         if group.missing:
             shown.append(Text(f"not measured: {_missing(group)}", style="dim"))
         for run in group.failures:
             what = f"failed: {run.pass_} {run.repeat}: {run.reason}: {run.sentence}"
             shown.append(Text(what, style="red"))
         if group.forecast is not None:
-            shown += _forecast_rich(group.forecast)
+            shown += [
+                Text(),
+                _forecast(group.forecast).to_rich("predicted and measured"),
+                Text(group.forecast.basis, style="dim"),
+                Text(EXPLANATION, style="dim"),
+            ]
     return Lines(*shown)
 
 
-def _forecast_rich(forecast: Forecast) -> list[Any]:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="predicted and measured", title_justify="left", box=None, pad_edge=False)
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(
-            heading, justify="right" if index else "left", style="" if index else "cyan",
-            overflow="fold",
-        )  # fmt: skip
-    for row in forecast.rows:
-        table.add_row(*map(Text, row.cells))
-    return [Text(), table, Text(forecast.basis, style="dim"), Text(EXPLANATION, style="dim")]
-
-
-def to_text(summary: Summary, width: int = _NARROW_WIDTH) -> str:
+def to_text(summary: Summary, width: int = WIDTH) -> str:
     """The summary as plain text of at most `width` columns, without colours."""
-    from rich.console import Console
-
-    console = Console(width=width, highlight=False, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(to_rich(summary))
-    return capture.get()
+    return as_text(to_rich(summary), width)
 
 
 def to_html(summary: Summary) -> str:
@@ -560,7 +187,7 @@ def _by_condition(group: Group) -> list[tuple[str, list[tuple[str, str]]]]:
     for leaf, shown in group.conditions:
         name, _, field = leaf.partition(".")
         if field and name not in ("polling", "gate"):
-            found.setdefault(name, []).append((plain_text.field_name(field), shown))
+            found.setdefault(name, []).append((field_name(field), shown))
         else:
-            found.setdefault("run", []).append((plain_text.field_name(field or name), shown))
+            found.setdefault("run", []).append((field_name(field or name), shown))
     return list(found.items())

@@ -118,6 +118,7 @@ def bench(
     from device_tests.results import records
     from device_tests.results import report as reports
     from device_tests.results.plain_text import plain
+    from device_tests.results.summary import summarize
     from export.contract.bundle import open_bundle
 
     passes = {
@@ -168,7 +169,7 @@ def bench(
                 resume=resume,
                 on_event=BenchView(reporter).on_event,
             )
-    summary = reports.summarize(records.read(results))
+    summary = summarize(records.read(results))
     err_console().print(reports.to_rich(summary))
     if html is not None:
         write_report(html, reports.to_html(summary))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ from scripts.options import AsJson, Markdown, Overwrite
 from scripts.output_files import check_target, write_report
 
 if TYPE_CHECKING:
-    from device_tests.results.records import Record
+    from device_tests.results.record_fields import Record
 
 
 def compare(
@@ -39,23 +39,23 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set two results side by side: ratio of medians B/A and its interval; same conditions only."""
-    from device_tests.results import compare as comparing
-    from device_tests.results import records
+    from device_tests.results import compare_views, records
+    from device_tests.results.compare import compare as compare_records
 
     check_target(markdown, overwrite)
     names = tuple(name.strip() for name in across.split(",") if name.strip())
-    found = comparing.compare(
+    found = compare_records(
         _select(records.read(a), "--a", select_a), _select(records.read(b), "--b", select_b), names
     )
     if as_json:
-        print_json(comparing.to_json(found))
+        print_json(compare_views.to_json(found))
     else:
-        out_console().print(comparing.to_rich(found))
+        out_console().print(compare_views.to_rich(found))
     if markdown is not None:
-        write_report(markdown, comparing.to_markdown(found))
+        write_report(markdown, compare_views.to_markdown(found))
 
 
-def _select(found: list[Record], option: str, text: str) -> list[Mapping[str, Any]]:
+def _select(found: Iterable[Record], option: str, text: str) -> list[Record]:
     """The records that `threads=N,bundle=HASH`, or a part of it, means."""
     from device_tests.results.configuration import select
 

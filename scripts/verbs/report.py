@@ -22,7 +22,7 @@ from scripts.options import (
 from scripts.output_files import check_target, write_report
 
 if TYPE_CHECKING:
-    from device_tests.results.report import Summary
+    from device_tests.results.summary import Summary
 
 
 def report(
@@ -56,13 +56,14 @@ def report(
     """Show what was measured, and every failure; as a table, Markdown, JSON, or a page."""
     from device_tests.results import records
     from device_tests.results import report as reports
+    from device_tests.results.summary import summarize
 
     for target in (html, markdown):
         check_target(target, overwrite)
     found = [record for path in results for record in records.read(path)]
     if not found:
         raise InputError(f"{', '.join(map(str, results))}: no runs in it; run `pocketdiff bench`")
-    summary = reports.summarize(found)
+    summary = summarize(found)
     if plan is not None or device is not None:
         summary = _with_forecasts(summary, plan, device, recipe, context)
     if as_json:

@@ -36,6 +36,7 @@ class Autoregressive(Style):
     layers_inputs = ("tokens", "start", "block_length")
     head_inputs = ("hidden", "row", "settings", "uniform")
     head_outputs = ("token", "log_prob", "entropy")
+    step_is_token = True
 
     def decoding_problem(self, info: ModelInfo, decoding: Decoding | None) -> str | None:
         """See `Style`. A canvas is one token, and the row at p is that of the token at p + 1."""

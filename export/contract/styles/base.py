@@ -48,9 +48,20 @@ class Style(ABC):
     head_inputs: ClassVar[tuple[str, ...]]
     head_outputs: ClassVar[tuple[str, ...]]
 
+    step_is_token: ClassVar[bool] = False
+    """Whether a step of the loop is one token of the text."""
+
     @abstractmethod
     def decoding_problem(self, info: ModelInfo, decoding: Decoding | None) -> str | None:
         """Which lengths do not go together, as the end of a sentence; None if all do."""
+
+    def usual_canvases(self, new_tokens: int, canvas_length: int) -> int:
+        """Canvases that a measurement of about `new_tokens` takes."""
+        return -(-new_tokens // canvas_length)
+
+    def usual_steps(self, steps: int, canvas_length: int) -> int:
+        """Steps that a measurement forces on each canvas: `steps`, or at most one a position."""
+        return min(steps, canvas_length)
 
     def check_decoding(self, what: object, info: ModelInfo, decoding: Decoding | None) -> None:
         """Raise BundleError unless the lengths that the loop of `what` works with go together."""

@@ -76,6 +76,14 @@ class UniformDiffusion(Style):
         "signal",
     )
 
+    def usual_canvases(self, new_tokens: int, canvas_length: int) -> int:
+        """See `Style`. One: its canvases are long."""
+        return 1
+
+    def usual_steps(self, steps: int, canvas_length: int) -> int:
+        """See `Style`. It denoises any position in any step."""
+        return steps
+
     def decoding_problem(self, info: ModelInfo, decoding: Decoding | None) -> str | None:
         """See `Style`. Its lengths are those of the programs."""
         return None

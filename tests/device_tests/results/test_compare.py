@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from device_tests.results import compare as module
-from device_tests.results.compare import CompareRefused, compare, ratio_interval
+from device_tests.results import compare_views as views
+from device_tests.results.compare import AT_A_GLANCE, CompareRefused, compare
 from device_tests.results.configuration import CONDITIONS, select
+from device_tests.results.intervals import ratio_interval, share_ratio_interval
 from device_tests.results.metrics import compute
 from tests.device_tests.results.test_report import change, has_control
 from tests.support import record_samples
@@ -221,20 +222,20 @@ def test_failures_are_counted_on_both_sides_and_listed():
     found = compare(A, side(with_failure=True))
     assert found.failed == (0, 1)
     assert (row(found, "step_ms").a.failed, row(found, "step_ms").b.failed) == (0, 1)
-    assert "1 failed" in module.to_text(found) and "1 failed" in module.to_markdown(found)
-    document = module.to_json(found)
+    assert "1 failed" in views.to_text(found) and "1 failed" in views.to_markdown(found)
+    document = views.to_json(found)
     assert (document["b"]["failed"], document["metrics"]["step_ms"]["b_failed"]) == (1, 1)
     (failure,) = document["failures"]
     assert (failure["side"], failure["run"]) == ("B", "speed 2")
     assert failure["sentence"] == record_samples.FAILURE["sentence"]
-    assert "the kernel killed the runner" in module.to_text(found)
+    assert "the kernel killed the runner" in views.to_text(found)
 
 
 def test_json_is_finite_and_text_fits_a_terminal():
     found = compare(A, side(seed=1), across=())
-    json.dumps(module.to_json(found), allow_nan=False)
-    assert all(len(line) <= 100 for line in module.to_text(found).splitlines())
-    metrics = module.to_json(found)["metrics"]["step_ms"]
+    json.dumps(views.to_json(found), allow_nan=False)
+    assert all(len(line) <= 100 for line in views.to_text(found).splitlines())
+    metrics = views.to_json(found)["metrics"]["step_ms"]
     assert len(metrics["a_repeats"]) == 6 and len(metrics["interval"]) == 2
 
 
@@ -244,9 +245,9 @@ def test_hostile_conditions_are_inert():
         compare(A, hostile)
     assert not has_control(str(refused.value))
     found = compare(A, hostile, across=tuple(CONDITIONS))
-    for shown in (module.to_text(found), module.to_markdown(found)):
+    for shown in (views.to_text(found), views.to_markdown(found)):
         assert not has_control(shown) and HOSTILE not in shown
-    assert "<script" not in module.to_markdown(found)
+    assert "<script" not in views.to_markdown(found)
 
 
 def test_a_mixed_side_is_refused_even_where_the_sides_may_differ() -> None:
@@ -350,7 +351,7 @@ def test_the_paired_interval_is_scipys():
         paired=True, vectorized=False, n_resamples=9999, method="percentile", rng=random,
     ).confidence_interval  # fmt: skip
     # 9999 resamples know the end of an interval to about 2 % of its length.
-    assert module.share_ratio_interval(a, b) == pytest.approx(tuple(expected), abs=0.02)
+    assert share_ratio_interval(a, b) == pytest.approx(tuple(expected), abs=0.02)
 
 
 def test_other_puzzles_have_no_interval():
@@ -380,18 +381,18 @@ def test_of_families_what_decides_between_them_comes_first_and_every_row_once():
     found = compare(WITH_PUZZLES, twin(), ["family"])
     (title, first), (_, others) = found.groups
     assert title == "at a glance"
-    assert tuple(each.metric.name for each in first) == module.AT_A_GLANCE
+    assert tuple(each.metric.name for each in first) == AT_A_GLANCE
     assert sorted(each.name for each in (*first, *others)) == sorted(row.name for row in found.rows)
-    for text in (module.to_text(found), module.to_markdown(found).lower()):
+    for text in (views.to_text(found), views.to_markdown(found).lower()):
         assert text.index("at a glance") < text.index("hole answer") < text.index("everything")
     assert compare(side(), side()).groups[0][0] == ""
 
 
 def test_each_side_says_what_it_is():
     found = compare(WITH_PUZZLES, twin(), ["family"])
-    assert "A: int4, diffusion_gemma, uniform_diffusion, 0.8 MiB, int4-g32" in module.to_text(found)
-    assert "- **B**: twin, qwen3, autoregressive, 1.5 MiB, int4-g32" in module.to_markdown(found)
-    document = json.loads(json.dumps(module.to_json(found), allow_nan=False))
+    assert "A: int4, diffusion_gemma, uniform_diffusion, 0.8 MiB, int4-g32" in views.to_text(found)
+    assert "- **B**: twin, qwen3, autoregressive, 1.5 MiB, int4-g32" in views.to_markdown(found)
+    document = json.loads(json.dumps(views.to_json(found), allow_nan=False))
     assert document["b"]["bundle"] == AUTOREGRESSIVE
     assert document["metrics"]["exact_match"]["a_count"] == 30
     assert document["metrics"]["step_ms, autoregressive"]["a"] is None

@@ -13,14 +13,15 @@ from markdown_it import MarkdownIt
 
 from device_tests.results import report
 from device_tests.results.configuration import configurations, device_serial
-from device_tests.results.metrics import step_times
 from device_tests.results.plain_text import condition, markdown, plain, quantity
+from device_tests.results.record_fields import step_times
+from device_tests.results.summary import summarize
 from tests.support import record_samples
 from tests.support.record_samples import FAILURE, HOSTILE, bench, run
 
 
 def quantity_of(records, name):
-    (group,) = report.summarize(records).groups
+    (group,) = summarize(records).groups
     return next(found for found in group.quantities if found.metric.name == name)
 
 
@@ -49,7 +50,7 @@ def test_failures_are_counted_beside_and_their_numbers_are_not_taken():
     assert quantity_of(mixed, "step_ms").median == quantity_of(good, "step_ms").median
     assert quantity_of(mixed, "step_ms").failed == 1
     assert quantity_of(mixed, "tokens_per_s").failed == 0, "of another pass"
-    summary = report.summarize(mixed)
+    summary = summarize(mixed)
     assert (summary.runs, summary.failed) == (12, 1)
     for shown in (
         report.to_text(summary),
@@ -63,20 +64,20 @@ def test_only_failures_make_a_report_too():
     records = [run("speed", repeat, failure=FAILURE) for repeat in range(3)]
     for record in records:
         record["conditions"]["versions"] = {}
-    summary = report.summarize(records)
+    summary = summarize(records)
     assert summary.failed == 3
     assert report.to_text(summary).count("out_of_memory") == 3
     assert report.to_json(summary)["configurations"][0]["metrics"] == {}
 
 
 def test_no_runs_make_an_empty_report():
-    summary = report.summarize([])
+    summary = summarize([])
     assert "0 runs" in report.to_text(summary)
     assert report.to_json(summary)["configurations"] == []
 
 
 def test_json_is_compact_exact_and_finite():
-    document = report.to_json(report.summarize(bench(with_failure=True)))
+    document = report.to_json(summarize(bench(with_failure=True)))
     text = json.dumps(document, allow_nan=False, separators=(",", ":"))
     assert "\n" not in text
     metrics = json.loads(text)["configurations"][0]["metrics"]
@@ -85,7 +86,7 @@ def test_json_is_compact_exact_and_finite():
 
 
 def test_bytes_are_mebibytes_for_people():
-    assert "271.0 MiB" in report.to_text(report.summarize(bench()))
+    assert "271.0 MiB" in report.to_text(summarize(bench()))
 
 
 @pytest.mark.parametrize(
@@ -166,13 +167,13 @@ def test_clocks_that_changed_on_the_way_are_told():
     records = bench()
     records[4]["conditions"]["clocks"]["limits_mhz"]["cpu7"] = [500, 2000]
     records[5]["conditions"]["charging"] = False
-    (group,) = report.summarize(records).groups
+    (group,) = summarize(records).groups
     notes = " ".join(group.notes)
     assert "clocks.limits_mhz was not the same" in notes and "charging was not the same" in notes
 
 
 def test_threads_that_the_runtime_chose_are_told():
-    (group,) = report.summarize(bench(threads=None)).groups
+    (group,) = summarize(bench(threads=None)).groups
     assert "the runtime chose its threads: 2" in group.notes
     assert group.title.endswith("runtime's choice of threads")
 
@@ -198,14 +199,14 @@ def test_conditions_for_people(leaf, value, shown):
 
 
 def test_no_thermal_sensor_is_told():
-    text = report.to_text(report.summarize(bench(has_sensors=False)))
+    text = report.to_text(summarize(bench(has_sensors=False)))
     assert "shows no CPU temperature" in text.replace("\n", " ")
 
 
 def test_a_cold_load_that_was_not_cold_is_told():
     records = bench()
     records[0]["result"]["cold"]["resident_after"] = 0.9
-    (group,) = report.summarize(records).groups
+    (group,) = summarize(records).groups
     assert any("not cold" in note for note in group.notes)
     assert quantity_of(records, "load_cold_ms").median is None
 
@@ -231,21 +232,19 @@ def has_control(text: str) -> bool:
 
 
 def test_hostile_text_in_a_terminal():
-    text = report.to_text(report.summarize(record_samples.hostile_bench()))
+    text = report.to_text(summarize(record_samples.hostile_bench()))
     assert not has_control(text)
     assert "[bold red]h[/]" in text.replace("\n", ""), "markup is shown, not followed"
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
 def test_hostile_text_in_json():
-    text = json.dumps(
-        report.to_json(report.summarize(record_samples.hostile_bench())), ensure_ascii=False
-    )
+    text = json.dumps(report.to_json(summarize(record_samples.hostile_bench())), ensure_ascii=False)
     assert not has_control(text)
 
 
 def test_hostile_text_in_markdown():
-    text = report.to_markdown(report.summarize(record_samples.hostile_bench()))
+    text = report.to_markdown(summarize(record_samples.hostile_bench()))
     assert not has_control(text)
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
     flat = [child for token in tokens for child in [token, *(token.children or ())]]
@@ -290,10 +289,10 @@ def test_of_an_autoregressive_bundle_a_step_is_a_token():
     records = bench()
     for record in records:
         record["conditions"]["bundle"]["style"] = "autoregressive"
-    (group,) = report.summarize(records).groups
+    (group,) = summarize(records).groups
     titles = {found.metric.name: found.title for found in group.quantities}
     assert titles["step_ms"] == "Token" and titles["first_draft_ms"] == "Time to first token"
     assert "accepted_per_step" not in titles, "says nothing of single tokens"
-    summary = report.summarize(records)
+    summary = summarize(records)
     for shown in (report.to_text(summary), report.to_markdown(summary), report.to_html(summary)):
         assert "Denoising step" not in shown and "Token" in shown

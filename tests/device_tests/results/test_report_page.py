@@ -15,6 +15,7 @@ from PIL import Image
 
 from device_tests.results import plots, report
 from device_tests.results.planned import with_forecasts
+from device_tests.results.summary import summarize
 from export.families import read_shape
 from export.plan.device import open_device
 from export.plan.presets import read_config
@@ -45,13 +46,13 @@ class Tags(HTMLParser):
 
 
 def page_of(records: list[dict]) -> str:
-    return report.to_html(report.summarize(records))
+    return report.to_html(summarize(records))
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
     """A bench with a failure, and one of a device without sensors, both with their forecast."""
-    summary = report.summarize(
+    summary = summarize(
         [
             *bench(with_failure=True, puzzles=1),
             *bench(threads=4, has_sensors=False, bench_id="bench-2"),
@@ -115,7 +116,7 @@ def test_the_page_says_what_is_missing_instead_of_an_empty_plot(page):
 def test_the_page_explains_every_number_and_lists_every_run(page):
     text = " ".join(Tags(page).text.split())
     records = bench(with_failure=True, puzzles=1)
-    (group,) = report.summarize(records).groups
+    (group,) = summarize(records).groups
     for found in group.quantities:
         assert found.metric.formula in text
         for repeat in found.repeats:

@@ -16,6 +16,7 @@ from device_tests.bench.memory_budget import (
 )
 from device_tests.results import report
 from device_tests.results.planned import with_forecasts
+from device_tests.results.summary import summarize
 from export.contract.bundle import Bundle, FileEntry
 from export.families import read_shape
 from export.host.program_file import ProgramMemory, read_program_memory
@@ -190,7 +191,7 @@ def _summary(family: str) -> Any:
     found = record_samples.bench()
     for record in found:
         record["conditions"]["bundle"]["family"] = family
-    return report.summarize(found)
+    return summarize(found)
 
 
 def test_predicted_stands_beside_measured_with_its_error() -> None:
@@ -216,7 +217,7 @@ def test_every_form_of_the_report_shows_the_same_rows_of_its_own_configuration()
     for record in records:
         record["conditions"]["bundle"]["family"] = "a2d-qwen3"
     other = record_samples.bench(bench_id="other")
-    plain = report.summarize([*records, *other])
+    plain = summarize([*records, *other])
     summary = with_forecasts(plain, shape, INT4, open_device("oneplus-12"))
     fast, slow, not_planned = summary.groups
     assert not_planned.forecast is None and not_planned == plain.groups[2]
@@ -249,7 +250,7 @@ def test_what_was_not_measured_has_no_error_and_no_share() -> None:
     shape = read_shape(read_config("qwen3-0.6b-bd3lm")[1])
     found = [record_samples.run("natural")]
     found[0]["conditions"]["bundle"]["family"] = "a2d-qwen3"
-    summary = with_forecasts(report.summarize(found), shape, INT4, open_device("oneplus-12"))
+    summary = with_forecasts(summarize(found), shape, INT4, open_device("oneplus-12"))
     for row in summary.groups[0].forecast.rows:
         assert (row.measured, row.error, row.share) == (None, None, None)
         assert row.cells[2:4] == ("-", "-") and row.cells[1] != "-"
