@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from export.backends import lower_stage
+from export.families.dense import DenseConfig
 from export.heads.token import MaskedHead
-from export.models.dense_decoder import DenseConfig, build_layers
+from export.models.dense_decoder import build_layers
+from export.models.dense_stages import head_table
 from export.models.staging import StageModule
 from quantize.checkpoint import open_checkpoint
 
@@ -47,8 +49,8 @@ def lower_products(int4: Path, rows: int, destination: Path) -> None:
     """Write the program of `rows` rows."""
     checkpoint = open_checkpoint(int4)
     config = DenseConfig.from_checkpoint_config(checkpoint.config)
-    layers, _ = build_layers(checkpoint, config, maximum_context=rows, prefill_length=rows)
-    table = checkpoint.get(config.head_name(checkpoint))
+    layers = build_layers(checkpoint, config, maximum_context=rows, prefill_length=rows)
+    table = head_table(checkpoint, config)
     head = MaskedHead(table, mask_token=0, truncation=False)
     module = Products(layers.layers, head.vocabulary.logit_chunks).eval()
     stage = StageModule(

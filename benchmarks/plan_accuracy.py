@@ -115,7 +115,7 @@ def _row(
     shape, recipe = read_shape(config), preset(MODELS[name].recipe)
     context, computation = manifest.model.maximum_context, manifest.experts.computation
     experts: Experts = "routed" if computation == "none" else computation
-    layout = lay_out(shape, recipe, context=context, rows=max(PROMPT, shape.step_rows(context)))
+    layout = lay_out(shape, recipe, context=context, rows=max(PROMPT, shape.step_rows))
     time = time_of(step_pass(shape, recipe, context=context, experts=experts), device)
     best = time_of(step_pass(shape, recipe, context=context), device)
     by_config = budget_of_layout(layout, device).total_bytes

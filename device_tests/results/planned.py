@@ -60,7 +60,7 @@ def _with_forecast(
     step = time_of(step_pass(shape, recipe, context=context, experts=chosen_experts(shape)), device)
     # The roofline is of the model, not of how the exporter computes it: only the chosen experts.
     best = time_of(step_pass(shape, recipe, context=context), device)
-    layout = lay_out(shape, recipe, context=context, rows=max(32, shape.step_rows(context)))
+    layout = lay_out(shape, recipe, context=context, rows=max(32, shape.step_rows))
     memory = budget_of_layout(layout, device).total_bytes
     by_name = {item.metric.name: item for item in group.quantities}
     rows = []

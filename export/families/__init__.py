@@ -1,47 +1,59 @@
-"""The table of readers, by the `model_type` of a config.json: each gives a `ModelShape`.
+"""The table of model families, by the `model_type` of a config.json.
 
-The readers state sizes only; what else a checkpoint may not have is refused by `export.models`
-when it is exported. `tests/export/families/test_plan_shapes.py` holds their weights against the
-exporter's modules and transformers' models.
+A family is described here once: `export.plan` reads its shape, `export.models` builds its graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from export.families.description import Description, PlainFiles
+from export.families.fields import model_type_of
 from export.families.shapes import ModelShape
-from quantize.errors import CheckpointError
+from export.families.tokens import ModelFiles
 
-READERS = {
-    "diffusion_gemma": "export.families.diffusion_gemma",
-    "gemma4": "export.families.gemma4",
-    "gemma4_text": "export.families.gemma4",
-    "hrm_text": "export.families.hrm_text",
-    "llama": "export.families.dense",
-    "qwen2": "export.families.dense",
-    "qwen3": "export.families.dense",
-    "Dream": "export.families.dense",
-    "Fast_dLLM_Qwen": "export.families.dense",
-    "a2d-llama": "export.families.dense",
-    "a2d-qwen2": "export.families.dense",
-    "a2d-qwen3": "export.families.dense",
-    "llada": "export.families.dense",
-    "sdar": "export.families.dense",
+FAMILIES = {
+    "diffusion_gemma": "diffusion_gemma",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
+    "hrm_text": "hrm_text",
+    # Dense decoders: autoregressive ones, then those of masked diffusion.
+    "llama": "dense",
+    "qwen2": "dense",
+    "qwen3": "dense",
+    "Dream": "dense",
+    "Fast_dLLM_Qwen": "dense",
+    "a2d-llama": "dense",
+    "a2d-qwen2": "dense",
+    "a2d-qwen3": "dense",
+    "llada": "dense",
+    "sdar": "dense",
 }
-"""Each module has `read_shape(config) -> ModelShape`."""
+"""Of the family NAME, `export/families/NAME.py` has `describe(files, maximum_context)`, and
+`export/models/NAME_stages.py` builds what it describes."""
 
 
-def read_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape that a config.json describes.
+def describe(files: ModelFiles, maximum_context: int | None = None) -> Description[Any]:
+    """What a model's files say of it, its weights left unread.
 
-    Raises CheckpointError for a model_type that no family has, and for a field that is missing or
-    cannot be.
+    maximum_context: positions of the KV cache, canvas included; None: the family's default.
+
+    Raises CheckpointError for a model_type that no family has, and for a field that is missing, or
+    cannot be, or asks for a variant that is not built.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in READERS:
-        raise CheckpointError(
-            f"config.json has model_type {kind!r}; supported: {', '.join(sorted(READERS))}"
-        )
-    return import_module(READERS[kind]).read_shape(config)
+    family = FAMILIES[model_type_of(files.config, FAMILIES)]
+    found: Description[Any] = import_module(f"export.families.{family}").describe(
+        files, maximum_context
+    )
+    return found
+
+
+def read_shape(config: Mapping[str, Any], name: str = "") -> ModelShape:
+    """The shape that a config.json alone describes; `name` is that of its folder.
+
+    Raises what `describe` raises.
+    """
+    return describe(PlainFiles(Path(name), dict(config))).shape

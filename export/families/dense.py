@@ -1,209 +1,337 @@
-"""The shape of the dense decoders: Llama, Qwen2, Qwen3, LLaDA, and the masked formats of them."""
+"""The dense decoders: Llama, Qwen2, Qwen3, LLaDA, and the masked-diffusion models made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from export.families.fields import divided, size
-from export.families.shapes import Attention, Elementwise, ModelShape, Part, Weight
+from export.contract.styles import STYLES
+from export.families.dense_formats import APPROXIMATE_CACHE, EXACT_CACHE, FORMATS, Masked
+from export.families.description import (
+    Description,
+    autoregressive_sampler,
+    context_of,
+    sampler_of,
+    truncates,
+)
+from export.families.fields import Section, check_heads, divided, model_type_of
+from export.families.shapes import (
+    Attention,
+    Elementwise,
+    ModelShape,
+    Weight,
+    gated_mlp,
+    linear,
+    norms,
+)
+from export.families.tokens import ModelFiles
+from quantize.errors import CheckpointError
 
-QWEN3_TYPES = frozenset({"qwen3", "a2d-qwen3", "sdar"})
-QWEN2_TYPES = frozenset({"qwen2", "a2d-qwen2", "Dream", "Fast_dLLM_Qwen"})
-LAYER = "full_attention"
+DEFAULT_CONTEXT = 2048
+"""Default maximum context of causal and block-causal models."""
+DEFAULT_CONTEXT_SEEING_ALL = 1024
+"""The same for models that see everything: a step's arithmetic and memory grow with its square."""
+PREFILL_LENGTH = 256
+"""Most tokens in a call of causal and block-causal models, if a block is not longer."""
 
-# As export/models/dense_stages.py: contexts by what a position sees, most rows of a call.
-CONTEXT, CONTEXT_SEEING_ALL, PREFILL = 2048, 1024, 256
+KIND = "full_attention"
 
-
-@dataclass(frozen=True)
-class _Format:
-    """block_keys, default_block, canvas, sub_block, truncation: as `MaskedFamily` has them."""
-
-    block_keys: tuple[str, ...] = ()
-    default_block: int = 0
-    canvas: int = 32
-    sub_block: int | None = None
-    shift: int = 0
-    truncation: bool = False
-
-
-_A2D = _Format(("block_size",), 32)
-_MASKED = {
-    "a2d-llama": _A2D,
-    "a2d-qwen2": _A2D,
-    "a2d-qwen3": _A2D,
-    "sdar": _Format(("block_size", "block_length"), 4),
-    "Fast_dLLM_Qwen": _Format(("bd_size",), 32, sub_block=8, shift=1),
-    "Dream": _Format(canvas=256, shift=1, truncation=True),
-    "llada": _Format(),
+# Our names -> LLaDA's, behind `model.transformer.` or `model.transformer.blocks.N.`.
+_LLADA_TOP = {"embed_tokens": "wte", "norm": "ln_f"}
+_LLADA_LAYER = {
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
 }
 
 
-def read_shape(config: Mapping[str, Any]) -> ModelShape:
-    """See `export.families.read_shape`."""
-    kind = config["model_type"]
-    sizes = _llada_sizes(config) if kind == "llada" else _sizes(config, kind)
-    weights = tuple(_weights(sizes, kind))
-    prefix = "model.transformer." if kind == "llada" else "model."
-    embedding = prefix + ("wte.weight" if kind == "llada" else "embed_tokens.weight")
-    own_head = "model.transformer.ff_out.weight" if kind == "llada" else "lm_head.weight"
-    block, canvas, context, prefill, truncation = _decoding(config, kind, sizes.positions)
-    return ModelShape(
-        family=kind,
-        style="masked_diffusion" if kind in _MASKED else "autoregressive",
-        vocabulary_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.inner,
-        num_layers=sizes.layers,
-        canvas_length=canvas,
-        block_length=block,
-        maximum_positions=sizes.positions,
-        default_context=context,
-        weights=weights,
-        attentions=(Attention(LAYER, sizes.heads, sizes.kv_heads, sizes.head_dim),) * sizes.layers,
-        elementwise=_elementwise(sizes, kind in QWEN3_TYPES),
-        embedding=embedding,
-        head_table=embedding if sizes.tied else own_head,
-        prefill_rows=prefill,
-        truncation=truncation,
-    )
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3.1 and later stretch the rotary frequencies of long wavelengths."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    vocabulary: int
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
+class DenseConfig:
+    """The fields of config.json that shape the layers.
+
+    ties: whether the vocabulary head is the embedding table; None: it is where no head is stored.
+    """
+
+    vocabulary_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    positions: int
-    tied: bool
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    ties: bool | None = None
+    has_qk_norm: bool = False
+    has_qkv_bias: bool = False
+    has_llada_names: bool = False
+    rope_scaling: Llama3Scaling | None = None
+
+    @classmethod
+    def from_checkpoint_config(cls, config: Mapping[str, Any]) -> DenseConfig:
+        """Read config.json as a dict.
+
+        Raises:
+            CheckpointError: another architecture, a missing or impossible field, or a variant that
+                this graph does not have.
+        """
+        layers = FORMATS[model_type_of(config, FORMATS)].layers
+        section = Section(config)
+        read = _llada_config(section) if layers == "llada" else _hugging_face(section, layers)
+        check_heads("", read.num_heads, read.num_kv_heads, read.head_dim)
+        return read
+
+    @property
+    def kv_groups(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def embedding(self) -> str:
+        """The checkpoint's name of the embedding table."""
+        return self.checkpoint_name("embed_tokens.weight")
+
+    @property
+    def own_head(self) -> str:
+        """The checkpoint's name of a vocabulary head that is not tied to the embedding."""
+        return "model.transformer.ff_out.weight" if self.has_llada_names else "lm_head.weight"
+
+    def checkpoint_name(self, path: str) -> str:
+        """The checkpoint's name of the graph's parameter at `path`."""
+        if not self.has_llada_names:
+            return f"model.{path}"
+        owner, _, leaf = path.rpartition(".")
+        if not owner.startswith("layers."):
+            return f"model.transformer.{_LLADA_TOP[owner]}.{leaf}"
+        _, index, rest = owner.split(".", 2)
+        return f"model.transformer.blocks.{index}.{_LLADA_LAYER[rest]}.{leaf}"
 
 
-def _sizes(config: Mapping[str, Any], kind: str) -> _Sizes:
-    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    stated = config.get("head_dim") is not None or kind in QWEN3_TYPES
-    return _Sizes(
-        vocabulary=size(config, "vocab_size"),
-        hidden=hidden,
-        inner=size(config, "intermediate_size"),
-        layers=size(config, "num_hidden_layers"),
-        heads=heads,
-        kv_heads=size(config, "num_key_value_heads", heads),
-        head_dim=size(config, "head_dim") if stated else divided(hidden, heads),
-        positions=size(config, "max_position_embeddings"),
-        tied=config.get("tie_word_embeddings") is not False,
+def _hugging_face(section: Section, layers: str) -> DenseConfig:
+    """The keys that Qwen3, Qwen2, Llama and what is made from them share."""
+    section.only("hidden_act", "silu", default="silu")
+    section.only("use_sliding_window", False, None)
+    section.only("mlp_bias", False, None)
+    if layers != "qwen2":  # whose bias is not optional, whatever the field says
+        section.only("attention_bias", False, None)
+    num_layers, kinds = section.layers("num_hidden_layers"), section.get("layer_types")
+    if kinds is not None and kinds != [KIND] * num_layers:
+        raise CheckpointError(
+            f"config.json has layer_types = {str(kinds)[:100]}; supported: {KIND!r} for each layer"
+        )
+    hidden, heads = section.size("hidden_size"), section.size("num_attention_heads")
+    # Qwen3's own default is another.
+    is_derived = section.get("head_dim") is None and layers != "qwen3"
+    theta, scaling = _rope(section)
+    ties = section.get("tie_word_embeddings")
+    return DenseConfig(
+        vocabulary_size=section.size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=section.size("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=section.size("num_key_value_heads", heads),
+        head_dim=divided(hidden, heads) if is_derived else section.size("head_dim"),
+        norm_eps=section.number("rms_norm_eps"),
+        rope_theta=theta,
+        max_positions=section.size("max_position_embeddings"),
+        ties=ties if isinstance(ties, bool) else None,
+        has_qk_norm=layers == "qwen3",
+        has_qkv_bias=layers == "qwen2",
+        rope_scaling=scaling,
     )
 
 
-def _llada_sizes(config: Mapping[str, Any]) -> _Sizes:
-    hidden, heads = size(config, "d_model"), size(config, "n_heads")
-    own = "vocab_size" if config.get("embedding_size") is None else "embedding_size"
-    inner = config.get("mlp_hidden_size")
-    return _Sizes(
-        vocabulary=size(config, own),
-        hidden=hidden,
-        inner=hidden * size(config, "mlp_ratio") if inner is None else size(
-            config, "mlp_hidden_size"
+def _rope(section: Section) -> tuple[float, Llama3Scaling | None]:
+    """Theta and scaling, from transformers 5's `rope_parameters` or the two fields before it."""
+    if isinstance(section.get("rope_parameters"), Mapping):
+        rope = section.section("rope_parameters")
+    else:
+        stated = (
+            {} if section.get("rope_scaling") is None else section.section("rope_scaling").entries
+        )
+        rope = Section({"rope_theta": section.get("rope_theta"), **stated}, "rope_scaling.")
+    theta = rope.number("rope_theta")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise CheckpointError(
+            f"config.json has {rope.path}rope_type = {kind!r}; supported: 'default', 'llama3'"
+        )
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise rope.refusal("low_freq_factor", f"it must be smaller than high_freq_factor, {high}")
+    return theta, Llama3Scaling(
+        factor=rope.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_positions=rope.size("original_max_position_embeddings"),
+    )
+
+
+def _llada_config(section: Section) -> DenseConfig:
+    """LLaDA's own keys; everything but the layers of Llama is refused."""
+    for key, allowed, default in (
+        ("block_type", ("llama",), "sequential"),
+        ("activation_type", ("silu",), "swiglu"),
+        ("layer_norm_type", ("rms",), "default"),
+        ("rope", (True,), False),
+        ("alibi", (False,), False),
+        ("include_bias", (False,), False),
+        ("include_qkv_bias", (False, None), False),
+        ("bias_for_layer_norm", (False, None), None),
+        ("attention_layer_norm", (False,), False),
+        ("layer_norm_with_affine", (True,), True),
+        ("input_emb_norm", (False,), False),
+        ("scale_logits", (False,), False),
+        ("block_group_size", (1,), 1),
+    ):
+        section.only(key, *allowed, default=default)
+    hidden, heads = section.size("d_model"), section.size("n_heads")
+    has_inner = section.get("mlp_hidden_size") is not None
+    has_rows = section.get("embedding_size") is not None
+    return DenseConfig(
+        vocabulary_size=section.size("embedding_size" if has_rows else "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=section.size("mlp_hidden_size")
+        if has_inner
+        else hidden * section.size("mlp_ratio"),
+        num_layers=section.layers("n_layers"),
+        num_heads=heads,
+        num_kv_heads=section.size(
+            "n_kv_heads", 1 if section.get("multi_query_attention") else heads
         ),
-        layers=size(config, "n_layers"),
-        heads=heads,
-        kv_heads=size(config, "n_kv_heads", 1 if config.get("multi_query_attention") else heads),
         head_dim=divided(hidden, heads),
-        positions=size(config, "max_sequence_length"),
-        tied=config.get("weight_tying", True) is not False,
-    )  # fmt: skip
+        norm_eps=section.number("rms_norm_eps"),
+        rope_theta=section.number("rope_theta"),
+        max_positions=section.size("max_sequence_length"),
+        ties=section.get("weight_tying") is not False,
+        has_llada_names=True,
+    )
 
 
-def _weights(sizes: _Sizes, kind: str) -> list[Weight]:
-    hidden, inner, query = sizes.hidden, sizes.inner, sizes.heads * sizes.head_dim
-    kv = sizes.kv_heads * sizes.head_dim
-    llada = kind == "llada"
-    top = "model.transformer." if llada else "model."
-    found = [
-        Weight(
-            f"{top}{'wte' if llada else 'embed_tokens'}.weight",
-            (sizes.vocabulary, hidden),
-            "embedding",
-            "lookup",
+def describe(files: ModelFiles, maximum_context: int | None) -> Description[DenseConfig]:
+    """See `export.families.describe`."""
+    config = DenseConfig.from_checkpoint_config(files.config)
+    kind = files.config["model_type"]
+    masked = FORMATS[kind].masked
+    if masked is not None:
+        return _masked(files, config, masked, maximum_context)
+    style = STYLES["autoregressive"]
+    context = context_of(
+        maximum_context, default=DEFAULT_CONTEXT, largest=config.max_positions, least=2
+    )
+    sampler = autoregressive_sampler(style, files.generation_config)
+    return Description(
+        config,
+        ModelShape(
+            family=kind,
+            style=style,
+            default_context=context,
+            prefill_rows=PREFILL_LENGTH,
+            truncation=truncates(sampler),
+            **_layers_of(config),
         ),
-        Weight(f"{top}{'ln_f' if llada else 'norm'}.weight", (hidden,), "other", "elementwise"),
-    ]
-    parts: list[tuple[str, str, Part, int, int]] = [
-        ("self_attn.q_proj", "q_proj", "attention", query, hidden),
-        ("self_attn.k_proj", "k_proj", "attention", kv, hidden),
-        ("self_attn.v_proj", "v_proj", "attention", kv, hidden),
-        ("self_attn.o_proj", "attn_out", "attention", hidden, query),
-        ("mlp.gate_proj", "ff_proj", "mlp", inner, hidden),
-        ("mlp.up_proj", "up_proj", "mlp", inner, hidden),
-        ("mlp.down_proj", "ff_out", "mlp", hidden, inner),
-    ]
-    for layer in range(sizes.layers):
-        at = f"model.transformer.blocks.{layer}." if llada else f"model.layers.{layer}."
-        for name, llada_name, part, rows, columns in parts:
-            own = at + (llada_name if llada else name)
-            found.append(Weight(f"{own}.weight", (rows, columns), part, "product", LAYER))
-            if kind in QWEN2_TYPES and name.endswith(("q_proj", "k_proj", "v_proj")):
-                found.append(Weight(f"{own}.bias", (rows,), part, "elementwise", LAYER))
-        norms = ("attn_norm", "ff_norm") if llada else (
-            "input_layernorm", "post_attention_layernorm"
-        )  # fmt: skip
-        found += [
-            Weight(f"{at}{n}.weight", (hidden,), "other", "elementwise", LAYER) for n in norms
-        ]
-        if kind in QWEN3_TYPES:
-            found += [
-                Weight(
-                    f"{at}self_attn.{n}.weight",
-                    (sizes.head_dim,),
-                    "attention",
-                    "elementwise",
-                    LAYER,
-                )
-                for n in ("q_norm", "k_norm")
-            ]
-    if not sizes.tied:
-        head = "model.transformer.ff_out.weight" if llada else "lm_head.weight"
-        found.append(Weight(head, (sizes.vocabulary, hidden), "head", "product"))
+        sampler,
+    )
+
+
+def _masked(
+    files: ModelFiles, config: DenseConfig, masked: Masked, maximum_context: int | None
+) -> Description[DenseConfig]:
+    style, block = STYLES["masked_diffusion"], masked.block_length(files)
+    context = context_of(
+        maximum_context,
+        default=DEFAULT_CONTEXT if block else DEFAULT_CONTEXT_SEEING_ALL,
+        largest=config.max_positions,
+        least=max(2, block),
+        block=block or 1,
+    )
+    canvas = masked.canvas_length(block, context)
+    settings = masked.settings_of(files.generation_config)
+    sampler = sampler_of(style, {"steps_per_canvas": canvas, **settings})
+    rows = max(PREFILL_LENGTH // block * block, block + masked.shift) if block else 0
+    return Description(
+        config,
+        ModelShape(
+            family=files.config["model_type"],
+            style=style,
+            default_context=context,
+            prefill_rows=rows,
+            canvas_length=canvas,
+            block_length=block,
+            truncation=truncates(sampler),
+            **_layers_of(config),
+        ),
+        sampler,
+        shift=masked.shift,
+        tokens=masked.tokens,
+        notes=(EXACT_CACHE if block else APPROXIMATE_CACHE,),
+    )
+
+
+def _layers_of(config: DenseConfig) -> dict[str, Any]:
+    """What the shape of every format says of the layers."""
+    attention = Attention(KIND, config.num_heads, config.num_kv_heads, config.head_dim)
+    return {
+        "vocabulary_size": config.vocabulary_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.num_layers,
+        "maximum_positions": config.max_positions,
+        "weights": tuple(_weights(config)),
+        "attentions": (attention,) * config.num_layers,
+        "elementwise": _elementwise(config),
+        "embedding": config.embedding,
+        "head_table": config.own_head if config.ties is False else config.embedding,
+    }
+
+
+def _weights(config: DenseConfig) -> list[Weight]:
+    hidden, query = config.hidden_size, config.num_heads * config.head_dim
+    kv, bias = config.num_kv_heads * config.head_dim, config.has_qkv_bias
+    found = [Weight("embed_tokens.weight", (config.vocabulary_size, hidden), "embedding", "lookup")]
+    found += norms("", ("norm",), hidden)
+    for layer in range(config.num_layers):
+        at = f"layers.{layer}."
+        for name, rows in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
+            found += linear(f"{at}self_attn.{name}", (rows, hidden), "attention", KIND, bias=bias)
+        found += linear(f"{at}self_attn.o_proj", (hidden, query), "attention", KIND)
+        found += gated_mlp(f"{at}mlp.", hidden, config.intermediate_size, KIND)
+        found += norms(at, ("input_layernorm", "post_attention_layernorm"), hidden, KIND)
+        if config.has_qk_norm:
+            names = ("q_norm", "k_norm")
+            found += norms(f"{at}self_attn.", names, config.head_dim, KIND, "attention")
+    found = [replace(weight, name=config.checkpoint_name(weight.name)) for weight in found]
+    if config.ties is False:
+        found.append(Weight(config.own_head, (config.vocabulary_size, hidden), "head", "product"))
     return found
 
 
-def _elementwise(sizes: _Sizes, has_qk_norm: bool) -> Elementwise:
-    query, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+def _elementwise(config: DenseConfig) -> Elementwise:
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     # Two norms (square, scale, weight) and two residuals; silu (sigmoid, product) and its product.
-    values = sizes.hidden * (2 * 3 + 2) + 3 * sizes.inner
+    values = config.hidden_size * (2 * 3 + 2) + 3 * config.intermediate_size
     # Rotary (4 products, 2 sums in halves, one join), scale and two rearrangements; KV writes.
-    values += 4 * (query + kv) + 3 * query + 2 * kv + (query if not has_qk_norm else 0)
-    if has_qk_norm:
-        values += 4 * (query + kv)
-    operators = 40 + 10 * has_qk_norm
-    return Elementwise({LAYER: sizes.layers * values}, operators)
-
-
-def _decoding(
-    config: Mapping[str, Any], kind: str, positions: int
-) -> tuple[int, int, int, int, bool]:
-    """Block, canvas, default context, most rows of a call (0: the context), truncation."""
-    own = _MASKED.get(kind)
-    if own is None:
-        return 1, 1, min(CONTEXT, positions), PREFILL, False
-    block = own.default_block
-    for key in own.block_keys:
-        if config.get(key) is not None:
-            block = 0 if config[key] == 0 else size(config, key)
-            break
-    else:
-        named = str(config.get("_name_or_path", "")).lower()
-        if "mdlm" in named and own is _A2D:
-            block = 0
-    if not block:
-        context = min(CONTEXT_SEEING_ALL, positions)
-        return 0, min(own.canvas, context // 2), context, 0, own.truncation
-    context = min(CONTEXT, positions) // block * block
-    canvas = own.sub_block if own.sub_block and block % own.sub_block == 0 else block
-    prefill = max(PREFILL // block * block, block + own.shift)
-    return block, canvas, context, prefill, own.truncation
+    values += 4 * (query + kv) + 3 * query + 2 * kv
+    values += 4 * (query + kv) if config.has_qk_norm else query
+    return Elementwise({KIND: config.num_layers * values}, 40 + 10 * config.has_qk_norm)

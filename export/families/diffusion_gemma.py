@@ -1,125 +1,230 @@
-"""The shape of DiffusionGemma's text model: a mixture of experts beside a dense MLP."""
+"""DiffusionGemma's text model: a mixture of experts beside a dense MLP, denoised on a canvas."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from export.families.fields import gemma_heads, layer_kinds, size, table
-from export.families.shapes import Attention, Elementwise, ModelShape, Weight
+from export.contract.bundle import Sampler
+from export.contract.styles import STYLES
+from export.families.description import Description, context_of, sampler_of
+from export.families.fields import Section, model_type_of
+from export.families.gemma import SLIDING, RotaryConfig, heads_of, layer_kinds, rotary_of
+from export.families.shapes import (
+    Attention,
+    Elementwise,
+    ModelShape,
+    Weight,
+    gated_mlp,
+    linear,
+    norms,
+)
+from export.families.tokens import ModelFiles
+from quantize.errors import CheckpointError
 
-SLIDING = "sliding_attention"
-CONTEXT_IN_CANVASES = 16  # as export/models/diffusion_gemma_stages.py
+DECODER, ENCODER = "model.decoder.", "model.encoder.language_model."
+EMBEDDING = f"{DECODER}embed_tokens.weight"
+STYLE = STYLES["uniform_diffusion"]
+CONDITIONING = "self_conditioning"
+
+DEFAULT_CANVASES = 16
+"""Default maximum context, in canvases: 4096 positions at the released canvas of 256."""
 
 
-def read_shape(config: Mapping[str, Any]) -> ModelShape:
-    """See `export.families.read_shape`."""
-    text = table(config, "text_config")
-    hidden, heads = size(text, "hidden_size"), size(text, "num_attention_heads")
-    layers, inner = size(text, "num_hidden_layers"), size(text, "intermediate_size")
-    experts, top_k = size(text, "num_experts"), size(text, "top_k_experts")
-    expert_size, vocabulary = size(text, "moe_intermediate_size"), size(text, "vocab_size")
-    canvas, positions = size(config, "canvas_length"), size(text, "max_position_embeddings")
-    kinds = layer_kinds(text, layers)
-    top = "model.decoder."
-    weights = [
-        Weight(f"{top}embed_tokens.weight", (vocabulary, hidden), "embedding", "lookup"),
-        Weight(f"{top}norm.weight", (hidden,), "other", "elementwise"),
-        Weight(f"{top}self_conditioning.pre_norm.weight", (hidden,), "other", "elementwise"),
-    ]
-    conditioning = "self_conditioning"
-    weights += [
-        Weight(f"{top}{conditioning}.{name}.weight", shape, "mlp", "product", conditioning)
-        for name, shape in _mlp(hidden, inner)
-    ]
-    attentions = []
-    values = dict.fromkeys([*kinds, conditioning], 0)
-    values[conditioning] = 8 * hidden + 9 * inner
-    for i, kind in enumerate(kinds):
-        at = f"{top}layers.{i}."
-        head_dim, kv_heads = gemma_heads(text, i, kind, global_kv_heads=True)
-        window = size(text, "sliding_window") if kind == SLIDING else None
-        attentions.append(Attention(kind, heads, kv_heads, head_dim, window=window))
-        query, kv = heads * head_dim, kv_heads * head_dim
+@dataclass(frozen=True)
+class LayerConfig:
+    """What differs between layers: attention span, head size, KV heads."""
+
+    kind: str
+    head_dim: int
+    num_kv_heads: int
+
+    @property
+    def has_values(self) -> bool:
+        """Full layers take the keys' projection for the values."""
+        return self.kind == SLIDING
+
+
+@dataclass(frozen=True)
+class DiffusionGemmaConfig:
+    """The fields of `config.json` that shape the text model; nothing is defaulted from a class."""
+
+    vocabulary_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_experts: int
+    top_k: int
+    expert_size: int
+    sliding_window: int
+    soft_cap: float
+    norm_eps: float
+    canvas_length: int
+    max_positions: int
+    attention_bias: bool
+    layers: tuple[LayerConfig, ...]
+    rotary: dict[str, RotaryConfig]
+
+    @classmethod
+    def from_checkpoint_config(cls, config: Mapping[str, Any]) -> DiffusionGemmaConfig:
+        """Read `config.json` as a dict.
+
+        Raises:
+            CheckpointError: another architecture, a missing field, or a variant that the released
+                models do not use and this graph does not have.
+        """
+        model_type_of(config, ("diffusion_gemma",))
+        whole = Section(config)
+        text = whole.section("text_config")
+        whole.only("tie_word_embeddings", True, default=True)
+        text.only("use_bidirectional_attention", None, "vision")
+        text.only("hidden_activation", "gelu_pytorch_tanh")
+        kinds = layer_kinds(text)
+        top_k, num_experts = text.size("top_k_experts"), text.size("num_experts")
+        if top_k > num_experts:
+            raise CheckpointError(f"config.json has top_k_experts {top_k} of {num_experts} experts")
+        return cls(
+            vocabulary_size=text.size("vocab_size"),
+            hidden_size=text.size("hidden_size"),
+            intermediate_size=text.size("intermediate_size"),
+            num_heads=text.size("num_attention_heads"),
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_size=text.size("moe_intermediate_size"),
+            sliding_window=text.size("sliding_window"),
+            soft_cap=text.number("final_logit_softcapping"),
+            norm_eps=text.number("rms_norm_eps"),
+            canvas_length=whole.size("canvas_length"),
+            max_positions=text.size("max_position_embeddings"),
+            attention_bias=text.flag("attention_bias"),
+            layers=tuple(
+                LayerConfig(kind, *heads_of(text, i, kind, global_kv_heads=True))
+                for i, kind in enumerate(kinds)
+            ),
+            rotary=rotary_of(text, kinds),
+        )
+
+
+def describe(files: ModelFiles, maximum_context: int | None) -> Description[DiffusionGemmaConfig]:
+    """See `export.families.describe`."""
+    config = DiffusionGemmaConfig.from_checkpoint_config(files.config)
+    canvas = config.canvas_length
+    context = context_of(
+        maximum_context,
+        default=DEFAULT_CANVASES * canvas,
+        largest=config.max_positions,
+        least=canvas,
+    )
+    shape = ModelShape(
+        family="diffusion_gemma",
+        style=STYLE,
+        vocabulary_size=config.vocabulary_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=len(config.layers),
+        canvas_length=canvas,
+        block_length=0,
+        maximum_positions=config.max_positions,
+        default_context=context,
+        weights=tuple(_weights(config)),
+        attentions=tuple(
+            Attention(
+                layer.kind,
+                config.num_heads,
+                layer.num_kv_heads,
+                layer.head_dim,
+                window=config.sliding_window if layer.kind == SLIDING else None,
+            )
+            for layer in config.layers
+        ),
+        elementwise=_elementwise(config),
+        embedding=EMBEDDING,
+        head_table=EMBEDDING,
+        prefill_rows=canvas,
+        soft_cap=config.soft_cap,
+        soft_embedding=True,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        expert_size=config.expert_size,
+    )
+    return Description(config, shape, _sampler(files.generation_config))
+
+
+def _weights(config: DiffusionGemmaConfig) -> list[Weight]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    experts, size = config.num_experts, config.expert_size
+    found = [Weight(EMBEDDING, (config.vocabulary_size, hidden), "embedding", "lookup")]
+    found += norms(DECODER, ("norm", f"{CONDITIONING}.pre_norm"), hidden)
+    found += gated_mlp(f"{DECODER}{CONDITIONING}.", hidden, inner, CONDITIONING)
+    for i, layer in enumerate(config.layers):
+        at, kind = f"{DECODER}layers.{i}.", layer.kind
+        query = config.num_heads * layer.head_dim
+        kv = layer.num_kv_heads * layer.head_dim
         projections = [("q_proj", query, hidden), ("k_proj", kv, hidden), ("o_proj", hidden, query)]
-        if kind == SLIDING:  # full layers take the keys' projection for the values
-            projections.append(("v_proj", kv, hidden))
+        projections += [("v_proj", kv, hidden)] * layer.has_values
         for name, rows, columns in projections:
-            own = f"{at}self_attn.{name}"
-            weights.append(Weight(f"{own}.weight", (rows, columns), "attention", "product", kind))
-            if text.get("attention_bias"):
-                weights.append(Weight(f"{own}.bias", (rows,), "attention", "elementwise", kind))
-        weights += [
-            Weight(f"{at}self_attn.{name}.weight", (head_dim,), "attention", "elementwise", kind)
-            for name in ("q_norm", "k_norm")
-        ]
-        weights += [
-            Weight(f"{at}mlp.{name}.weight", shape, "mlp", "product", kind)
-            for name, shape in _mlp(hidden, inner)
-        ]
-        weights += [
-            Weight(f"{at}router.proj.weight", (experts, hidden), "router", "product", kind),
+            found += linear(
+                f"{at}self_attn.{name}", (rows, columns), "attention", kind,
+                bias=config.attention_bias,
+            )  # fmt: skip
+        found += norms(f"{at}self_attn.", ("q_norm", "k_norm"), layer.head_dim, kind, "attention")
+        found += gated_mlp(f"{at}mlp.", hidden, inner, kind)
+        found += linear(f"{at}router.proj", (experts, hidden), "router", kind)
+        found += [
             Weight(f"{at}router.scale", (hidden,), "router", "elementwise", kind),
             Weight(f"{at}router.per_expert_scale", (experts,), "router", "elementwise", kind),
-            Weight(
-                f"{at}experts.gate_up_proj",
-                (experts, 2 * expert_size, hidden),
-                "experts",
-                "experts",
-                kind,
-                active=top_k,
-            ),
-            Weight(
-                f"{at}experts.down_proj",
-                (experts, hidden, expert_size),
-                "experts",
-                "experts",
-                kind,
-                active=top_k,
-            ),
         ]
-        weights += [
-            Weight(f"{at}{name}.weight", (hidden,), "other", "elementwise", kind)
-            for name in (
+        for name, shape in (
+            ("gate_up_proj", (experts, 2 * size, hidden)),
+            ("down_proj", (experts, hidden, size)),
+        ):
+            found.append(
+                Weight(
+                    f"{at}experts.{name}", shape, "experts", "experts", kind, active=config.top_k
+                )
+            )
+        found += norms(
+            at,
+            (
                 "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                 "post_feedforward_layernorm", "post_feedforward_layernorm_1",
                 "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2",
-            )
-        ]  # fmt: skip
-        weights += [
+            ),
+            hidden,
+            kind,
+        )  # fmt: skip
+        found += [
             Weight(f"{stack}layers.{i}.layer_scalar", (1,), "other", "elementwise", kind)
-            for stack in (top, "model.encoder.language_model.")
+            for stack in (DECODER, ENCODER)
         ]
+    return found
+
+
+def _elementwise(config: DiffusionGemmaConfig) -> Elementwise:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    values = {layer.kind: 0 for layer in config.layers}
+    values[CONDITIONING] = 8 * hidden + 9 * inner
+    for layer in config.layers:
+        query, kv = config.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         # Seven norms and the router's, three sums, scalar; the MLP's tanh-GELU; heads and rotary.
-        values[kind] += hidden * (8 * 3 + 3 + 1 + 2) + 9 * inner + 11 * query + 12 * kv
-    return ModelShape(
-        family="diffusion_gemma",
-        style="uniform_diffusion",
-        vocabulary_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=layers,
-        canvas_length=canvas,
-        block_length=1,
-        maximum_positions=positions,
-        default_context=min(CONTEXT_IN_CANVASES * canvas, positions),
-        weights=tuple(weights),
-        attentions=tuple(attentions),
-        elementwise=Elementwise(values, 80),
-        embedding=f"{top}embed_tokens.weight",
-        head_table=f"{top}embed_tokens.weight",
-        prefill_rows=canvas,
-        soft_cap=True,
-        soft_embedding=True,
-        num_experts=experts,
-        top_k=top_k,
-        expert_size=expert_size,
-    )
+        values[layer.kind] += hidden * (8 * 3 + 3 + 1 + 2) + 9 * inner + 11 * query + 12 * kv
+    return Elementwise(values, 80)
 
 
-def _mlp(hidden: int, inner: int) -> tuple[tuple[str, tuple[int, int]], ...]:
-    return (
-        ("gate_proj", (inner, hidden)),
-        ("up_proj", (inner, hidden)),
-        ("down_proj", (hidden, inner)),
-    )
+def _sampler(generation_config: Mapping[str, Any]) -> Sampler:
+    """The checkpoint's sampler defaults; what it leaves open is transformers' default."""
+    sampler = generation_config.get("sampler_config") or {}
+    kind = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
+    if kind != "EntropyBoundSamplerConfig":
+        raise CheckpointError(
+            f"generation_config.json asks for the sampler {kind!r}; supported: "
+            "'EntropyBoundSamplerConfig'"
+        )
+    found = {
+        name: generation_config.get(name)
+        for name in ("t_min", "t_max", "stability_threshold", "confidence_threshold")
+    }
+    found["max_steps"] = generation_config.get("max_denoising_steps")
+    found["entropy_bound"] = sampler.get("entropy_bound")
+    return sampler_of(STYLE, found)

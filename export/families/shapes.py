@@ -6,10 +6,12 @@ How a config.json becomes one is the business of `export.families`; bytes of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
+
+from export.contract.styles import STYLES, Style
 
 Part = Literal[
     "embedding", "per-layer embedding", "attention", "mlp", "experts", "router", "head", "other"
@@ -21,8 +23,6 @@ PARTS: tuple[Part, ...] = (
 Use = Literal["lookup", "product", "experts", "elementwise"]
 """lookup: rows are read by token. product: multiplies every row. experts: `[E, N, K]`, of which a
 row is multiplied by some. elementwise: norms, scales, biases."""
-
-Style = Literal["uniform_diffusion", "masked_diffusion", "autoregressive"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,37 @@ class Weight:
         if self.use != "experts":
             return self.parameters
         return self.parameters // self.shape[0] * self.active
+
+
+def linear(
+    name: str,
+    shape: tuple[int, int],
+    part: Part,
+    kind: str = "",
+    *,
+    bias: bool = False,
+    runs: int = 1,
+) -> list[Weight]:
+    """The weight `[out, in]` of a linear layer, and its bias if it has one."""
+    found = [Weight(f"{name}.weight", shape, part, "product", kind, runs)]
+    if bias:
+        found.append(Weight(f"{name}.bias", shape[:1], part, "elementwise", kind))
+    return found
+
+
+def norms(
+    prefix: str, names: Sequence[str], size: int, kind: str = "", part: Part = "other"
+) -> list[Weight]:
+    """The weights `[size]` of norms."""
+    return [Weight(f"{prefix}{name}.weight", (size,), part, "elementwise", kind) for name in names]
+
+
+def gated_mlp(prefix: str, hidden: int, inner: int, kind: str) -> list[Weight]:
+    """The three products of a gated feed-forward block."""
+    found: list[Weight] = []
+    for name in ("gate_proj", "up_proj"):
+        found += linear(f"{prefix}{name}", (inner, hidden), "mlp", kind)
+    return found + linear(f"{prefix}down_proj", (hidden, inner), "mlp", kind)
 
 
 @dataclass(frozen=True)
@@ -96,12 +127,13 @@ class Elementwise:
 class ModelShape:
     """Everything of a config.json that bytes and time follow from.
 
-    family: the model_type. canvas_length: positions denoised together; 1 for autoregressive models.
-    block_length: positions that see each other, 0 for all, 1 for causal. default_context,
-    prefill_length: what `export` takes, the latter for a context of that length. head_table: the
-    name of the weight that is the vocabulary head's table (the embedding's where they are tied).
-    soft_embedding: whether the head also multiplies probabilities by the table. embedding: the name
-    of the embedding table. experts: number of them in a layer, 0 for none.
+    family: the name that a bundle has of it. canvas_length: positions denoised together; 1 for
+    autoregressive models. block_length: positions that see each other, 0 for all, 1 for causal.
+    default_context: positions of the KV cache that `export` takes, unless it was read for another
+    number. prefill_rows: most rows of a call of the layers, 0 for as many as there is context.
+    head_table: the name of the weight that is the vocabulary head's table (the embedding's where
+    they are tied). soft_embedding: whether the head also multiplies probabilities by the table.
+    truncation: whether top-p and top-k are in the head's graph. num_experts: in a layer, or 0.
     """
 
     family: str
@@ -110,8 +142,6 @@ class ModelShape:
     hidden_size: int
     intermediate_size: int
     num_layers: int
-    canvas_length: int
-    block_length: int
     maximum_positions: int
     default_context: int
     weights: tuple[Weight, ...]
@@ -120,9 +150,11 @@ class ModelShape:
     embedding: str
     head_table: str
     prefill_rows: int
-    soft_cap: bool = False
-    soft_embedding: bool = False
+    canvas_length: int = 1
+    block_length: int = 1
     truncation: bool = False
+    soft_cap: float | None = None
+    soft_embedding: bool = False
     num_experts: int = 0
     top_k: int = 0
     expert_size: int = 0
@@ -150,28 +182,24 @@ class ModelShape:
 
     def prefill_length(self, context: int) -> int:
         """Most rows of one call of the layers for a cache of `context` positions."""
-        if self.style == "uniform_diffusion":
-            return self.canvas_length
-        return min(context, self.prefill_rows) if self.prefill_rows else context
+        return min(context, self.prefill_rows or context)
 
-    def step_rows(self, context: int) -> int:
-        """Rows of a denoising step: the canvas, its block, or everything that is visible."""
-        if self.style == "uniform_diffusion":
-            return self.canvas_length
-        if self.style == "autoregressive":
-            return 1
+    @property
+    def step_rows(self) -> int:
+        """Rows of the layers in a step: a block, or the canvas where all see each other."""
         return self.block_length or self.canvas_length
 
     def with_canvas(self, length: int) -> ModelShape:
         """The same layers with another canvas or block length."""
         block = length if self.block_length > 1 else self.block_length
-        return replace(self, canvas_length=length, block_length=block)
+        rows = length if self.style.has_fixed_rows else self.prefill_rows
+        return replace(self, canvas_length=length, block_length=block, prefill_rows=rows)
 
     def twin(self) -> ModelShape:
         """The autoregressive model of the same layers: one row a step, no soft embedding."""
         return replace(
             self,
-            style="autoregressive",
+            style=STYLES["autoregressive"],
             canvas_length=1,
             block_length=1,
             soft_embedding=False,
@@ -192,8 +220,3 @@ def expected_distinct(choices: int, chosen: int, rows: int) -> float:
     if choices == 0:
         return 0.0
     return choices * (1.0 - (1.0 - chosen / choices) ** rows)
-
-
-def total(values: Iterable[float]) -> float:
-    """Their sum, as a float."""
-    return float(sum(values))

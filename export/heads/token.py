@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.contract.styles.autoregressive import Autoregressive
-from export.contract.styles.masked_diffusion import MaskedDiffusion
 from export.heads.samplers import masked
 from export.heads.samplers.truncation import truncate
 from export.heads.uniform_diffusion import (
@@ -28,7 +26,6 @@ from export.heads.uniform_diffusion import (
     _Linear,
     _Lookup,
 )
-from export.models.staging import StageModule
 
 CHUNK_COLUMNS = 2048
 """Logits per row and chunk. [256, 2048] in fp32 are 2 MiB."""
@@ -428,60 +425,6 @@ class MaskedHead(nn.Module):
         score = masked.score(confidence.view(count), entropy, margin.view(count), settings[4:5])
         accepted = masked.accept(score, quota, settings[3:4])
         return token.view(count), accepted.to(torch.int64), score, entropy
-
-
-def autoregressive_head_stage(
-    table: Tensor,
-    prefill_length: int,
-    hidden_size: int,
-    *,
-    truncation: bool = True,
-    soft_cap: float | None = None,
-) -> StageModule:
-    """The stage "head" of autoregressive decoding, for up to `prefill_length` rows of hidden."""
-    return StageModule(
-        name="head",
-        role="head",
-        module=AutoregressiveHead(table, truncation=truncation, soft_cap=soft_cap),
-        example_inputs=(
-            torch.zeros(1, prefill_length, hidden_size),
-            torch.zeros(1, dtype=torch.int64),
-            torch.tensor([0.0, 1.0, 0.0]),
-            torch.full((1,), 0.5),
-        ),
-        input_names=Autoregressive.head_inputs,
-        output_names=Autoregressive.head_outputs,
-        dynamic={"hidden": {1: "tokens"}},
-    )
-
-
-def masked_head_stage(
-    table: Tensor,
-    prefill_length: int,
-    canvas_length: int,
-    hidden_size: int,
-    *,
-    mask_token: int,
-    truncation: bool = True,
-    soft_cap: float | None = None,
-) -> StageModule:
-    """The stage "head" of masked decoding: up to `canvas_length` + 1 of `prefill_length` rows."""
-    rows = canvas_length + 1
-    return StageModule(
-        name="head",
-        role="head",
-        module=MaskedHead(table, mask_token=mask_token, truncation=truncation, soft_cap=soft_cap),
-        example_inputs=(
-            torch.zeros(1, prefill_length, hidden_size),
-            torch.zeros(rows, dtype=torch.int64),
-            torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0]),
-            torch.ones(1, dtype=torch.int64),
-            torch.full((rows,), 0.5),
-        ),
-        input_names=MaskedDiffusion.head_inputs,
-        output_names=MaskedDiffusion.head_outputs,
-        dynamic={"hidden": {1: "tokens"}, "rows": {0: "rows"}, "uniform": {0: "rows"}},
-    )
 
 
 def _gain(settings: Tensor) -> Tensor:

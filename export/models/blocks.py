@@ -1,58 +1,18 @@
 """What the model graphs are put together from: norms, rotary embedding, activations, masks.
 
-Written so that XNNPACK takes all of it; config readers raise in one sentence.
+Written so that XNNPACK takes all of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quantize.errors import CheckpointError
-
 MASKED = -1e9  # added to a score before softmax; exp underflows to an exact zero in fp32
-
-
-def field(section: dict[str, Any], path: str, kind: type | tuple[type, ...]) -> Any:
-    """The entry of config.json that the last part of `path` names; CheckpointError if it is not
-    there or of another type."""
-    value = section.get(path.rsplit(".", 1)[-1])
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise CheckpointError(
-            f"config.json has {path} = {value!r}; a checkpoint of this model must state it"
-        )
-    return value
-
-
-def positive(section: dict[str, Any], path: str) -> int:
-    """The same for a size."""
-    value = field(section, path, int)
-    if value <= 0:
-        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
-    return value
-
-
-def positive_number(section: dict[str, Any], path: str) -> float:
-    """The same for a number that need not be whole; finite."""
-    value = field(section, path, (int, float))
-    if not 0 < value < math.inf:
-        raise CheckpointError(f"config.json has {path} = {value}; it must be positive")
-    return float(value)
-
-
-def refuse_variant(
-    section: dict[str, Any], path: str, allowed: set[Any], *, default: Any = None
-) -> None:
-    """Raise CheckpointError for a variant that the graph does not have."""
-    value = section.get(path.rsplit(".", 1)[-1], default)
-    if isinstance(value, list | dict) or value not in allowed:
-        raise CheckpointError(
-            f"config.json has {path} = {value!r}; supported: {sorted(map(repr, allowed))}"
-        )
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -121,24 +81,39 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+@dataclass(frozen=True)
 class Rotary:
-    """Rotary embedding at fixed positions, in the half-split convention."""
+    """Rotary embedding at fixed positions, in the half-split convention.
 
-    def __init__(self, positions: Tensor, frequencies: Tensor) -> None:
-        angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
-        self.cos, self.sin = torch.cos(angles).unsqueeze(1), torch.sin(angles).unsqueeze(1)
+    cos, sin: of the angles, `[T, 1, head size / 2]`.
+    """
+
+    cos: Tensor
+    sin: Tensor
 
     @classmethod
-    def of(cls, cos: Tensor, sin: Tensor) -> Rotary:
-        """The same from its cosines and sines, `[T, 1, head size / 2]`."""
-        rotary = cls.__new__(cls)
-        rotary.cos, rotary.sin = cos, sin
-        return rotary
+    def at(cls, positions: Tensor, frequencies: Tensor) -> Rotary:
+        """That of `positions` `[T]` under `frequencies` `[head size / 2]`."""
+        angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
+        return cls(torch.cos(angles).unsqueeze(1), torch.sin(angles).unsqueeze(1))
 
-    def turn(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """Rotate `[T, heads, head size]`."""
         half = x.shape[-1] // 2
         first, second = x[..., :half], x[..., half:]  # slices are delegated, a split is not
         return torch.cat(
             [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1
         )
+
+
+def rotary_frequencies(head_dim: int, theta: float, fraction: float = 1.0) -> Tensor:
+    """Rotary frequencies `[head_dim / 2]`: of the first `fraction` of the pairs, zero beyond.
+
+    Source: `_compute_default_rope_parameters` and `_compute_proportional_rope_parameters` in
+    transformers' `modeling_rope_utils.py`; proportional ones are padded, not compressed.
+    """
+    rotated = int(fraction * head_dim // 2)
+    exponents = torch.arange(0, 2 * rotated, 2, dtype=torch.float) / head_dim
+    frequencies = torch.zeros(head_dim // 2)
+    frequencies[:rotated] = 1.0 / theta**exponents
+    return frequencies

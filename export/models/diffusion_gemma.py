@@ -8,194 +8,35 @@ transformers 5.23.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from export.families.expert_choice import ExpertComputation
-from export.heads.lookup import lookup_table
-from export.models.blocks import (
-    MASKED,
-    GatedMLP,
-    RMSNorm,
-    Rotary,
-    field,
-    gelu_tanh,
-    positive,
-    refuse_variant,
+from export.families.diffusion_gemma import (
+    DECODER,
+    ENCODER,
+    DiffusionGemmaConfig,
+    LayerConfig,
 )
+from export.families.expert_choice import ExpertComputation
+from export.models.blocks import MASKED, GatedMLP, RMSNorm, Rotary, gelu_tanh, rotary_frequencies
 from export.models.experts import (
     DenseExperts,
     Expert,
     GatheredExperts,
     stack_experts,
 )
-from export.models.weights import Weights
+from export.models.weights import (
+    Weights,
+    check_shape,
+    from_layer,
+    read_weight,
+    set_parameter,
+    unused_note,
+)
 from quantize.checkpoint import Checkpoint
-from quantize.errors import CheckpointError
 
-MODEL_TYPE = "diffusion_gemma"
-EMBEDDING_NAME = "model.decoder.embed_tokens.weight"
 VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-ENCODER_PREFIX = "model.encoder.language_model."
-DECODER_PREFIX = "model.decoder."
-
-
-@dataclass(frozen=True)
-class RotaryConfig:
-    """One rotary scheme: `default` turns every pair, `proportional` the first `fraction`."""
-
-    kind: str
-    theta: float
-    fraction: float
-    factor: float
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """What differs between layers: attention span, head size, KV heads."""
-
-    is_sliding: bool
-    head_dim: int
-    num_kv_heads: int
-
-    @property
-    def kind(self) -> str:
-        """As `layer_types` of config.json has it."""
-        return "sliding_attention" if self.is_sliding else "full_attention"
-
-
-@dataclass(frozen=True)
-class DiffusionGemmaConfig:
-    """The fields of `config.json` that shape the text model; nothing is defaulted from a class."""
-
-    vocabulary_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_experts: int
-    top_k: int
-    expert_size: int
-    sliding_window: int
-    soft_cap: float
-    norm_eps: float
-    canvas_length: int
-    max_positions: int
-    attention_bias: bool
-    layers: tuple[LayerConfig, ...]
-    rotary: dict[str, RotaryConfig]
-
-    @classmethod
-    def from_checkpoint_config(cls, config: dict[str, Any]) -> DiffusionGemmaConfig:
-        """Read `config.json` as a dict.
-
-        Raises:
-            CheckpointError: another architecture, a missing field, or a variant that the released
-                models do not use and this graph does not have.
-        """
-        if config.get("model_type") != MODEL_TYPE:
-            raise CheckpointError(
-                f"config.json has model_type {config.get('model_type')!r}, "
-                f"expected {MODEL_TYPE!r}; give a DiffusionGemma checkpoint"
-            )
-        text = field(config, "text_config", dict)
-        prefix = "text_config."
-        refuse_variant(config, "tie_word_embeddings", {True}, default=True)
-        refuse_variant(text, prefix + "use_bidirectional_attention", {None, "vision"})
-        refuse_variant(text, prefix + "hidden_activation", {"gelu_pytorch_tanh"})
-        kinds = field(text, prefix + "layer_types", list)
-        num_layers = field(text, prefix + "num_hidden_layers", int)
-        known = {"sliding_attention", "full_attention"}
-        if len(kinds) != num_layers or set(kinds) - known or kinds[-1] != "full_attention":
-            raise CheckpointError(
-                f"config.json lists layer_types {kinds!r} for {num_layers} layers; expected one "
-                "of 'sliding_attention' or 'full_attention' for each layer, the last one full"
-            )
-        sizes = {
-            field: positive(text, prefix + key)
-            for field, key in {
-                "vocabulary_size": "vocab_size",
-                "hidden_size": "hidden_size",
-                "intermediate_size": "intermediate_size",
-                "num_heads": "num_attention_heads",
-                "num_experts": "num_experts",
-                "top_k": "top_k_experts",
-                "expert_size": "moe_intermediate_size",
-                "sliding_window": "sliding_window",
-                "max_positions": "max_position_embeddings",
-            }.items()
-        }
-        layers = tuple(_layer_config(text, i, kind) for i, kind in enumerate(kinds))
-        for i, layer in enumerate(layers):
-            if sizes["num_heads"] % layer.num_kv_heads or layer.head_dim % 2:
-                raise CheckpointError(
-                    f"config.json gives layer {i} {sizes['num_heads']} heads over "
-                    f"{layer.num_kv_heads} KV heads of {layer.head_dim}; heads must divide evenly "
-                    "and the head size be even"
-                )
-        if sizes["top_k"] > sizes["num_experts"]:
-            raise CheckpointError(
-                f"config.json has top_k_experts {sizes['top_k']} of {sizes['num_experts']} experts"
-            )
-        ropes = field(text, prefix + "rope_parameters", dict)
-        return cls(
-            **sizes,
-            soft_cap=float(field(text, prefix + "final_logit_softcapping", (int, float))),
-            norm_eps=float(field(text, prefix + "rms_norm_eps", (int, float))),
-            canvas_length=positive(config, "canvas_length"),
-            attention_bias=bool(text.get("attention_bias", False)),
-            layers=layers,
-            rotary={kind: _rotary_config(ropes, kind) for kind in sorted(set(kinds))},
-        )
-
-
-def _layer_config(text: dict[str, Any], index: int, kind: str) -> LayerConfig:
-    head_dim = positive(text, "text_config.head_dim")
-    num_kv_heads = positive(text, "text_config.num_key_value_heads")
-    overrides = text.get("per_layer_config")
-    if isinstance(overrides, dict):
-        override = overrides.get(str(index), {})
-        head_dim = override.get("head_dim", head_dim)
-        num_kv_heads = override.get("num_key_value_heads", num_kv_heads)
-    elif kind == "full_attention":
-        head_dim = positive(text, "text_config.global_head_dim")
-        num_kv_heads = text.get("num_global_key_value_heads") or num_kv_heads
-    return LayerConfig(kind == "sliding_attention", head_dim, num_kv_heads)
-
-
-def _rotary_config(ropes: dict[str, Any], kind: str) -> RotaryConfig:
-    rope = ropes.get(kind)
-    if not isinstance(rope, dict) or rope.get("rope_type") not in {"default", "proportional"}:
-        raise CheckpointError(
-            f"config.json has rope_parameters.{kind} = {rope!r}; expected rope_type 'default' or "
-            "'proportional' with a rope_theta"
-        )
-    fraction = float(rope.get("partial_rotary_factor", 1.0))
-    if rope["rope_type"] == "default" and fraction != 1.0:
-        raise CheckpointError(
-            f"config.json has rope_parameters.{kind}.partial_rotary_factor = {fraction}; only "
-            "'proportional' rotary takes one"
-        )
-    return RotaryConfig(
-        kind=rope["rope_type"],
-        theta=float(field(rope, f"rope_parameters.{kind}.rope_theta", (int, float))),
-        fraction=fraction,
-        factor=float(rope.get("factor", 1.0)) if rope["rope_type"] == "proportional" else 1.0,
-    )
-
-
-def inverse_frequencies(rotary: RotaryConfig, head_dim: int) -> Tensor:
-    """Rotary frequencies `[head_dim / 2]`; proportional ones are zero-padded, not compressed.
-
-    Source: `_compute_proportional_rope_parameters` in transformers' `modeling_rope_utils.py`.
-    """
-    turned = int(rotary.fraction * head_dim // 2)
-    exponents = torch.arange(0, 2 * turned, 2, dtype=torch.float) / head_dim
-    frequencies = torch.zeros(head_dim // 2)
-    frequencies[:turned] = 1.0 / rotary.theta**exponents
-    return frequencies / rotary.factor
 
 
 class SelfConditioning(GatedMLP):
@@ -233,7 +74,7 @@ class Attention(nn.Module):
         # Full layers have no v_proj: V is the key projection under v_norm, without rotary.
         self.v_proj = (
             nn.Linear(config.hidden_size, kv_size, bias=bias, device="meta")
-            if layer.is_sliding
+            if layer.has_values
             else None
         )
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias, device="meta")
@@ -252,8 +93,8 @@ class Attention(nn.Module):
         value = key
         if self.v_proj is not None:
             value = self.v_proj(x).view(tokens, self.num_kv_heads, self.head_dim)
-        query = rotary.turn(query).transpose(0, 1)
-        key = rotary.turn(self.k_norm(key)).transpose(0, 1)
+        query = rotary.rotate(query).transpose(0, 1)
+        key = rotary.rotate(self.k_norm(key)).transpose(0, 1)
         value = self.v_norm(value).transpose(0, 1)
         torch.ops.aten.index_put_(self.key_cache, [None, positions], key)
         torch.ops.aten.index_put_(self.value_cache, [None, positions], value)
@@ -359,7 +200,8 @@ class CanvasEntry(nn.Module):
         self.self_conditioning = SelfConditioning(config)
         for kind, rotary in config.rotary.items():
             head_dim = next(layer.head_dim for layer in config.layers if layer.kind == kind)
-            frequencies = inverse_frequencies(rotary, head_dim)
+            frequencies = rotary_frequencies(head_dim, rotary.theta, rotary.fraction)
+            frequencies = frequencies / rotary.factor
             self.register_buffer(f"{kind}_frequencies", frequencies, persistent=False)
         self.register_buffer("key_positions", torch.arange(maximum_context), persistent=False)
         self.register_buffer("canvas_offsets", torch.arange(config.canvas_length), persistent=False)
@@ -389,7 +231,7 @@ class CanvasEntry(nn.Module):
     def rotaries(self, positions: Tensor) -> dict[str, Rotary]:
         """Rotary embedding of each kind of layer."""
         return {
-            kind: Rotary(positions, getattr(self, f"{kind}_frequencies"))
+            kind: Rotary.at(positions, getattr(self, f"{kind}_frequencies"))
             for kind in self.config.rotary
         }
 
@@ -426,9 +268,7 @@ class DiffusionGemmaLayers(CanvasEntry):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(  # type: ignore[override]
-        self, tokens: Tensor, start: Tensor, denoise: Tensor, signal: Tensor
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, start: Tensor, denoise: Tensor, signal: Tensor) -> Tensor:
         """Run the layers over one canvas length of positions.
 
         Args:
@@ -475,7 +315,7 @@ class LayerGroup(nn.Module):
         """
         positions = start + self.canvas_offsets
         given = {
-            kind: (shared[3 * i], Rotary.of(*shared[3 * i + 1 : 3 * i + 3]))
+            kind: (shared[3 * i], Rotary(*shared[3 * i + 1 : 3 * i + 3]))
             for i, kind in enumerate(self.kinds)
         }
         rows = hidden.squeeze(0)
@@ -492,108 +332,61 @@ def kinds_of(config: DiffusionGemmaConfig, layers: Sequence[LayerConfig]) -> tup
 
 
 def build_layers(
-    checkpoint: Checkpoint, *, maximum_context: int, computation: ExpertComputation
-) -> tuple[DiffusionGemmaLayers, list[str]]:
-    """Build the stage of all layers and load its weights from an fp32 or int4 checkpoint.
-
-    Returns:
-        The module in eval mode, and notes about tensors that were left out on purpose.
+    checkpoint: Checkpoint,
+    config: DiffusionGemmaConfig,
+    *,
+    maximum_context: int,
+    computation: ExpertComputation,
+) -> DiffusionGemmaLayers:
+    """Build the stage of all layers in eval mode and load its weights, fp32 or int4.
 
     Raises:
-        CheckpointError: the config is of another architecture, or a tensor is missing or has
-            another shape than the config says.
+        CheckpointError: a tensor is missing or has another shape than the config says.
     """
-    config = DiffusionGemmaConfig.from_checkpoint_config(checkpoint.config)
-    check_context(config, maximum_context)
     model = DiffusionGemmaLayers(config, maximum_context=maximum_context, computation=computation)
-    used = load_weights(model, checkpoint)
-    return model.eval(), unused_notes(checkpoint.names() - used)
+    load_weights(model, checkpoint)
+    return model.eval()
 
 
-def check_context(config: DiffusionGemmaConfig, maximum_context: int) -> None:
-    """Raise CheckpointError for a context that does not hold a canvas."""
-    if maximum_context < config.canvas_length:
-        raise CheckpointError(
-            f"maximum context {maximum_context} is shorter than one canvas of "
-            f"{config.canvas_length}; give at least that"
-        )
-
-
-def load_weights(model: nn.Module, weights: Weights, first_layer: int = 0) -> set[str]:
+def load_weights(model: nn.Module, weights: Weights, first_layer: int = 0) -> None:
     """Give a module of this file its weights; its layer 0 is layer `first_layer` of the model.
 
-    Returns the names of the tensors that were used. Raises CheckpointError for one that is missing
-    or has another shape than the module.
+    Raises CheckpointError for a tensor that is missing or has another shape than the module.
     """
-    used: set[str] = set()
-
-    def load(name: str, shape: torch.Size, index: int | None = None) -> Tensor:
-        used.add(name)
-        stored = tuple(weights.shape(name))
-        stacked = len(stored) == 3 and index is None
-        if index is not None:
+    for path, parameter in list(model.named_parameters()):
+        name, expert = _checkpoint_name(from_layer(path, first_layer))
+        stored = weights.shape(name)
+        stacked = len(stored) == 3 and expert is None
+        if expert is not None:
             stored = stored[1:]
         elif stacked:
             stored = (stored[0] * stored[1], stored[2])
-        if stored != tuple(shape):
-            raise CheckpointError(
-                f"tensor {name} has shape {list(weights.shape(name))}, which does not fit "
-                "config.json; take config and weights from one checkpoint"
-            )
-        weight = weights.get(name, index)
-        return stack_experts(weight) if stacked else weight
-
-    for path, parameter in list(model.named_parameters()):
-        owner_path, _, leaf = path.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        weight = load(*_checkpoint_name(path, parameter.shape, first_layer))
-        if isinstance(owner, nn.Embedding):
-            weight = lookup_table(weight)
-        setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+        check_shape(weights, name, stored, parameter.shape)
+        weight = weights.get(name, expert)
+        set_parameter(model, path, stack_experts(weight) if stacked else weight)
     for i, layer in enumerate(getattr(model, "layers", ()), start=first_layer):
-        scalars = [
-            load(f"{ENCODER_PREFIX}layers.{i}.layer_scalar", torch.Size([1])),
-            load(f"{DECODER_PREFIX}layers.{i}.layer_scalar", torch.Size([1])),
-        ]
-        layer.layer_scalar.copy_(torch.cat(scalars))
-    return used
+        names = [f"{stack}layers.{i}.layer_scalar" for stack in (ENCODER, DECODER)]
+        layer.layer_scalar.copy_(torch.cat([read_weight(weights, name, (1,)) for name in names]))
 
 
-def used_names(config: DiffusionGemmaConfig) -> set[str]:
-    """The checkpoint's names of all that embedding, layers and final norm are built from."""
-    model = DiffusionGemmaLayers(config, maximum_context=config.canvas_length, computation="dense")
-    names = {_checkpoint_name(path, p.shape, 0)[0] for path, p in model.named_parameters()}
-    prefixes = (ENCODER_PREFIX, DECODER_PREFIX)
-    return names | {
-        f"{prefix}layers.{i}.layer_scalar" for prefix in prefixes for i in range(len(config.layers))
-    }
-
-
-def _checkpoint_name(
-    path: str, shape: torch.Size, first_layer: int
-) -> tuple[str, torch.Size, int | None]:
-    """Map a parameter's path here to the checkpoint's tensor, its shape here, and its slice."""
-    parts = path.split(".")
-    if parts[0] == "layers":
-        parts[1] = str(first_layer + int(parts[1]))
-    if "experts" not in parts:
-        return DECODER_PREFIX + ".".join(parts), shape, None
+def _checkpoint_name(path: str) -> tuple[str, int | None]:
+    """The checkpoint's tensor of the parameter at `path`, and which expert's slice of it."""
+    if ".experts." not in path:
+        return DECODER + path, None
     # layers.I.experts.{experts.E.}{gate_up_proj|down_proj}{.E}.weight
-    leaf = next(part for part in parts if part.endswith("_proj"))
-    index = next((int(part) for part in parts[2:] if part.isdigit()), None)
-    return f"{DECODER_PREFIX}layers.{parts[1]}.experts.{leaf}", shape, index
+    _, layer, _, *rest = path.split(".")
+    leaf = next(part for part in rest if part.endswith("_proj"))
+    expert = next((int(part) for part in rest if part.isdigit()), None)
+    return f"{DECODER}layers.{layer}.experts.{leaf}", expert
 
 
 def unused_notes(unused: set[str]) -> list[str]:
     """What to tell about tensors of the checkpoint that no module took."""
-    vision = [name for name in unused if name.startswith(VISION_PREFIXES)]
-    tied = [name for name in unused if name.startswith(ENCODER_PREFIX) or name == "lm_head.weight"]
-    other = sorted(unused - set(vision) - set(tied))
+    vision = {name for name in unused if name.startswith(VISION_PREFIXES)}
+    tied = {name for name in unused if name.startswith(ENCODER) or name == "lm_head.weight"}
     notes = []
     if vision:
         notes.append(f"skipped {len(vision)} tensors of the vision tower: text only")
     if tied:
         notes.append(f"skipped {len(tied)} tensors tied to the decoder")
-    if other:
-        notes.append(f"skipped {len(other)} tensors this architecture does not use: {other[:3]}")
-    return notes
+    return notes + unused_note(unused - vision - tied)

@@ -2,62 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, Literal
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from export.contract.bundle import Experts, ModelInfo, Sampler, SpecialTokens
+from export.contract.bundle import Experts
 from export.contract.styles.base import LAYERS_OUTPUTS
-from export.contract.styles.uniform_diffusion import UniformDiffusion, UniformDiffusionSettings
+from export.contract.styles.uniform_diffusion import UniformDiffusion
+from export.families.diffusion_gemma import EMBEDDING, DiffusionGemmaConfig
 from export.families.expert_choice import ExpertComputation, choose_expert_computation
 from export.heads.uniform_diffusion import DiffusionHead, head_example_inputs
 from export.models.blocks import FinalNorm
+from export.models.building import BuildRequest, BuiltStages
 from export.models.cutting import layer_stages, norm_stage
 from export.models.diffusion_gemma import (
-    EMBEDDING_NAME,
     CanvasEntry,
-    DiffusionGemmaConfig,
     LayerGroup,
     build_layers,
-    check_context,
     kinds_of,
     load_weights,
     unused_notes,
-    used_names,
 )
-from export.models.staging import StagedModel, StageModule
+from export.models.staging import StageModule
 from export.models.weights import Weights
 from quantize.checkpoint import Checkpoint
-from quantize.errors import CheckpointError, InputError
-
-DEFAULT_CANVASES = 16
-"""Default maximum context, in canvases: 4096 positions at the released canvas of 256."""
 
 
-def stage_model(
-    checkpoint: Checkpoint,
-    *,
-    maximum_context: int | None,
-    experts: Literal["auto", "dense", "gather"],
-    truncation: bool | None,
-    layers_per_stage: int | None,
-) -> StagedModel:
-    """Build the stages; see `export.models.stage_model`."""
-    config = DiffusionGemmaConfig.from_checkpoint_config(checkpoint.config)
-    if truncation:
-        raise CheckpointError(
-            "the sampler of diffusion_gemma has no top-p and top-k; leave out --truncation"
-        )
+def build_stages(request: BuildRequest[DiffusionGemmaConfig]) -> BuiltStages:
+    """See `export.models`."""
+    checkpoint, config, context = request.checkpoint, request.config, request.context
     canvas, hidden = config.canvas_length, config.hidden_size
-    if maximum_context is None:
-        maximum_context = min(DEFAULT_CANVASES * canvas, config.max_positions)
-    if maximum_context > config.max_positions:
-        raise CheckpointError(
-            f"maximum context {maximum_context} exceeds the {config.max_positions} positions of "
-            "config.json; give at most that"
-        )
     choice = choose_expert_computation(
         tokens=canvas,
         hidden_size=hidden,
@@ -65,51 +38,34 @@ def stage_model(
         num_experts=config.num_experts,
         top_k=config.top_k,
     )
-    computation = choice.computation if experts == "auto" else experts
-    check_context(config, maximum_context)
-    if layers_per_stage is None:
-        module, notes = build_layers(
-            checkpoint, maximum_context=maximum_context, computation=computation
-        )
-        layers: list[StageModule] = [_all_layers(config, module)]
+    computation = choice.computation if request.experts == "auto" else request.experts
+    if request.layers_per_stage is None:
+        module = build_layers(checkpoint, config, maximum_context=context, computation=computation)
+        layers = [_all_layers(config, module)]
     else:
-        layers = _cut_layers(checkpoint, config, maximum_context, computation, layers_per_stage)
-        notes = unused_notes(checkpoint.names() - used_names(config))
+        layers = _cut_layers(checkpoint, config, context, computation, request.layers_per_stage)
 
-    def head() -> torch.nn.Module:
+    def head() -> nn.Module:
         return DiffusionHead(
-            checkpoint.get(EMBEDDING_NAME), soft_cap=config.soft_cap, canvas_length=canvas
+            checkpoint.get(EMBEDDING), soft_cap=config.soft_cap, canvas_length=canvas
         ).eval()
 
-    return StagedModel(
-        info=ModelInfo(
-            family="diffusion_gemma",
-            name=checkpoint.folder.resolve().name,
-            vocabulary_size=config.vocabulary_size,
-            hidden_size=hidden,
-            canvas_length=canvas,
-            maximum_context=maximum_context,
-        ),
-        style="uniform_diffusion",
-        sampler=Sampler("entropy_bound", asdict(_settings(checkpoint.generation_config))),
-        special_tokens=_special_tokens(checkpoint),
-        experts=Experts(computation, {"dense": choice.dense_ms, "gather": choice.gather_ms}),
-        stages=(
-            *layers,
-            StageModule(
-                name="head",
-                role="head",
-                module=head,
-                example_inputs=head_example_inputs(canvas, hidden),
-                input_names=UniformDiffusion.head_inputs,
-                output_names=UniformDiffusion.head_outputs,
-            ),
-        ),
-        notes=tuple(notes),
+    head_stage = StageModule(
+        name="head",
+        role="head",
+        module=head,
+        example_inputs=head_example_inputs(canvas, hidden),
+        input_names=UniformDiffusion.head_inputs,
+        output_names=UniformDiffusion.head_outputs,
+    )
+    return BuiltStages(
+        (*layers, head_stage),
+        unused_notes(request.unused_names()),
+        Experts(computation, {"dense": choice.dense_ms, "gather": choice.gather_ms}),
     )
 
 
-def _all_layers(config: DiffusionGemmaConfig, module: torch.nn.Module) -> StageModule:
+def _all_layers(config: DiffusionGemmaConfig, module: nn.Module) -> StageModule:
     """All layers with what is before and behind them as one stage."""
     return StageModule(
         name="layers",
@@ -138,25 +94,14 @@ def _cut_layers(
 ) -> list[StageModule]:
     """The entry, the layers in groups, the final norm: each a stage, built when it is lowered."""
 
-    def entry() -> torch.nn.Module:
-        module = CanvasEntry(config, maximum_context=maximum_context)
-        load_weights(module, checkpoint)
-        return module.eval()
-
-    def layers(weights: Weights, first: int, end: int) -> torch.nn.Module:
-        module = LayerGroup(
-            config,
-            config.layers[first:end],
-            maximum_context=maximum_context,
-            computation=computation,
-        )
+    def loaded(module: nn.Module, weights: Weights = checkpoint, first: int = 0) -> nn.Module:
         load_weights(module, weights, first)
         return module.eval()
 
-    def norm() -> torch.nn.Module:
-        module = FinalNorm(config.hidden_size, config.norm_eps)
-        load_weights(module, checkpoint)
-        return module.eval()
+    def layers(weights: Weights, first: int, end: int) -> nn.Module:
+        group = config.layers[first:end]
+        module = LayerGroup(config, group, maximum_context=maximum_context, computation=computation)
+        return loaded(module, weights, first)
 
     position = torch.zeros(1, dtype=torch.int64)
     rows = torch.zeros(1, config.canvas_length, config.hidden_size)
@@ -172,13 +117,17 @@ def _cut_layers(
         StageModule(
             name="entry",
             role="layers",
-            module=entry,
+            module=lambda: loaded(CanvasEntry(config, maximum_context=maximum_context)),
             example_inputs=_loop_inputs(config),
             input_names=UniformDiffusion.layers_inputs,
             output_names=("hidden", *(name for kind in config.rotary for name in shared[kind])),
         ),
         *layer_stages(checkpoint, config.layers, layers_per_stage, build=layers, inputs=inputs),
-        norm_stage(norm, config.canvas_length, config.hidden_size),
+        norm_stage(
+            lambda: loaded(FinalNorm(config.hidden_size, config.norm_eps)),
+            config.canvas_length,
+            config.hidden_size,
+        ),
     ]
 
 
@@ -191,46 +140,3 @@ def _shared(config: DiffusionGemmaConfig, maximum_context: int, kind: str) -> di
         f"{kind}_cos": angles,
         f"{kind}_sin": angles,
     }
-
-
-def _settings(generation_config: dict[str, Any]) -> UniformDiffusionSettings:
-    """The checkpoint's sampler defaults; what it leaves open is transformers' default."""
-    sampler = generation_config.get("sampler_config") or {}
-    found = {
-        "max_steps": generation_config.get("max_denoising_steps"),
-        "t_min": generation_config.get("t_min"),
-        "t_max": generation_config.get("t_max"),
-        "entropy_bound": sampler.get("entropy_bound"),
-        "stability_threshold": generation_config.get("stability_threshold"),
-        "confidence_threshold": generation_config.get("confidence_threshold"),
-    }
-    kind = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
-    if kind != "EntropyBoundSamplerConfig":
-        raise CheckpointError(
-            f"generation_config.json asks for the sampler {kind!r}; supported: "
-            "'EntropyBoundSamplerConfig'"
-        )
-    try:
-        return UniformDiffusionSettings(**{k: v for k, v in found.items() if v is not None})
-    except (InputError, TypeError) as error:
-        raise CheckpointError(
-            f"generation_config.json has sampler settings that cannot be used: {error}"
-        ) from error
-
-
-def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
-    """Ids of generation_config.json, or of config.json where it does not say."""
-    text = checkpoint.config["text_config"]
-
-    def find(key: str) -> Any:
-        value = checkpoint.generation_config.get(key)
-        return text.get(key) if value is None else value
-
-    eos = find("eos_token_id")
-    if eos is None:
-        eos = ()
-    return SpecialTokens(
-        eos=(eos,) if isinstance(eos, int) else tuple(eos),
-        pad=find("pad_token_id"),
-        bos=find("bos_token_id"),
-    )

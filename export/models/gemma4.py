@@ -6,257 +6,17 @@ sampler (export/heads/token.py). Reference: `Gemma4TextModel` of transformers 5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from export.heads.lookup import lookup_table
-from export.models.blocks import (
-    MASKED,
-    GatedMLP,
-    RMSNorm,
-    Rotary,
-    field,
-    gelu_tanh,
-    positive,
-    positive_number,
-    refuse_variant,
-)
-from export.models.diffusion_gemma import RotaryConfig, inverse_frequencies
+from export.families.gemma import FULL, SLIDING
+from export.families.gemma4 import Gemma4Config
+from export.models.blocks import MASKED, GatedMLP, RMSNorm, Rotary, gelu_tanh, rotary_frequencies
+from export.models.weights import load_parameters, unused_note
 from quantize.checkpoint import Checkpoint
-from quantize.errors import CheckpointError
 
-WRAPPER_TYPE = "gemma4"
-TEXT_TYPE = "gemma4_text"
-# How the checkpoint of each type calls its text model.
-PREFIXES = {WRAPPER_TYPE: "model.language_model.", TEXT_TYPE: "model."}
 OTHER_MODALITIES = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
 SHARED_PARTS = ("k_proj", "v_proj", "k_norm", "v_norm")
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """What differs between layers.
-
-    source: the layer whose KV cache this one reads; its own index where it has one. has_values: a
-    layer without a value projection takes the keys' for it.
-    """
-
-    kind: str
-    head_dim: int
-    num_kv_heads: int
-    has_values: bool
-    intermediate_size: int
-    source: int
-
-
-@dataclass(frozen=True)
-class Gemma4Config:
-    """The fields of `config.json` that shape the text model; nothing is defaulted from a class.
-
-    per_layer_size: channels of the per-layer embedding, 0 for a model without one. soft_cap: of
-    the final logits, None for none. head_table: the checkpoint's name of the vocabulary head.
-    """
-
-    prefix: str
-    vocabulary_size: int
-    hidden_size: int
-    num_heads: int
-    sliding_window: int
-    norm_eps: float
-    max_positions: int
-    attention_bias: bool
-    per_layer_size: int
-    per_layer_vocabulary: int
-    soft_cap: float | None
-    head_table: str
-    layers: tuple[LayerConfig, ...]
-    rotary: dict[str, RotaryConfig]
-
-    @classmethod
-    def from_checkpoint_config(cls, config: dict[str, Any]) -> Gemma4Config:
-        """Read `config.json` as a dict, of the text model alone or of the one that holds it.
-
-        Raises:
-            CheckpointError: another architecture, a missing field, or a variant that this graph
-                does not have.
-        """
-        model_type = config.get("model_type")
-        if model_type not in (WRAPPER_TYPE, TEXT_TYPE):
-            raise CheckpointError(
-                f"config.json has model_type {model_type!r}, expected {WRAPPER_TYPE!r} or "
-                f"{TEXT_TYPE!r}; give a Gemma 4 checkpoint"
-            )
-        is_wrapped = model_type == WRAPPER_TYPE
-        text = field(config, "text_config", dict) if is_wrapped else config
-        at = "text_config." if is_wrapped else ""
-        if _flag(text, at + "enable_moe_block"):
-            raise CheckpointError(
-                f"config.json has {at}enable_moe_block = True; mixtures of experts are not "
-                "supported for Gemma 4 yet, give a dense checkpoint"
-            )
-        refuse_variant(text, at + "use_bidirectional_attention", {None, "vision"})
-        refuse_variant(text, at + "hidden_activation", {"gelu_pytorch_tanh"})
-        per_layer_size = field(text, at + "hidden_size_per_layer_input", int)
-        vocabulary = positive(text, at + "vocab_size")
-        per_layer_vocabulary = 0
-        if per_layer_size < 0:
-            raise CheckpointError(
-                f"config.json has {at}hidden_size_per_layer_input = {per_layer_size}; "
-                "it must be 0 or positive"
-            )
-        if per_layer_size:
-            per_layer_vocabulary = positive(text, at + "vocab_size_per_layer_input")
-            if per_layer_vocabulary < vocabulary:
-                raise CheckpointError(
-                    f"config.json has {at}vocab_size_per_layer_input = {per_layer_vocabulary} for "
-                    f"a vocabulary of {vocabulary}; every token needs its row"
-                )
-        num_heads = positive(text, at + "num_attention_heads")
-        layers = _layers(text, at, num_heads)
-        tied = _flag(config, "tie_word_embeddings", default=True)
-        ropes = field(text, at + "rope_parameters", dict)
-        soft_cap = None
-        if text.get("final_logit_softcapping") is not None:
-            soft_cap = positive_number(text, at + "final_logit_softcapping")
-        return cls(
-            prefix=PREFIXES[model_type],
-            vocabulary_size=vocabulary,
-            hidden_size=positive(text, at + "hidden_size"),
-            num_heads=num_heads,
-            sliding_window=positive(text, at + "sliding_window"),
-            norm_eps=positive_number(text, at + "rms_norm_eps"),
-            max_positions=positive(text, at + "max_position_embeddings"),
-            attention_bias=_flag(text, at + "attention_bias"),
-            per_layer_size=per_layer_size,
-            per_layer_vocabulary=per_layer_vocabulary,
-            soft_cap=soft_cap,
-            head_table=f"{PREFIXES[model_type]}embed_tokens.weight" if tied else "lm_head.weight",
-            layers=layers,
-            rotary={
-                kind: _rotary(ropes, kind, f"{at}rope_parameters.")
-                for kind in sorted({layer.kind for layer in layers})
-            },
-        )
-
-
-def _flag(section: dict[str, Any], path: str, *, default: bool = False) -> bool:
-    value = section.get(path.rsplit(".", 1)[-1])
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json has {path} = {value!r}; it must be true or false")
-    return value
-
-
-def _layers(text: dict[str, Any], at: str, num_heads: int) -> tuple[LayerConfig, ...]:
-    kinds = field(text, at + "layer_types", list)
-    count = positive(text, at + "num_hidden_layers")
-    if len(kinds) != count or any(k not in (SLIDING, FULL) for k in kinds) or kinds[-1] != FULL:
-        raise CheckpointError(
-            f"config.json lists {at}layer_types {kinds!r} for {count} layers; expected one of "
-            f"{SLIDING!r} or {FULL!r} for each layer, the last one full"
-        )
-    shared = text.get("num_kv_shared_layers")
-    shared = 0 if shared is None else field(text, at + "num_kv_shared_layers", int)
-    owners = kinds[: count - shared] if 0 <= shared < count else []
-    if set(owners) != set(kinds):
-        raise CheckpointError(
-            f"config.json has {at}num_kv_shared_layers = {shared} of {count} layers; a layer of "
-            "each kind in layer_types must come before those that share its keys and values"
-        )
-    width = positive(text, at + "intermediate_size")
-    shared_width = 2 * width if _flag(text, at + "use_double_wide_mlp") else width
-    k_eq_v = _flag(text, at + "attention_k_eq_v")
-    layers: list[LayerConfig] = []
-    for i, kind in enumerate(kinds):
-        head_dim, num_kv_heads = _heads(text, at, i, kind, k_eq_v)
-        if num_heads % num_kv_heads or head_dim % 2:
-            raise CheckpointError(
-                f"config.json gives layer {i} {num_heads} heads over {num_kv_heads} KV heads of "
-                f"{head_dim}; heads must divide evenly and the head size be even"
-            )
-        is_owner = i < len(owners)
-        source = i if is_owner else len(owners) - 1 - owners[::-1].index(kind)
-        layer = LayerConfig(
-            kind=kind,
-            head_dim=head_dim,
-            num_kv_heads=num_kv_heads,
-            has_values=not (k_eq_v and kind == FULL),
-            intermediate_size=width if is_owner else shared_width,
-            source=source,
-        )
-        lender = layer if is_owner else layers[source]
-        first = next((other for other in layers if other.kind == kind), layer)
-        if (lender.head_dim, lender.num_kv_heads) != (head_dim, num_kv_heads) or (
-            first.head_dim != head_dim
-        ):
-            raise CheckpointError(
-                f"config.json gives layer {i} {num_kv_heads} KV heads of {head_dim}, unlike an "
-                f"earlier {kind} layer that it shares keys or rotary frequencies with; "
-                "one size for each kind is supported"
-            )
-        layers.append(layer)
-    return tuple(layers)
-
-
-def _heads(text: dict[str, Any], at: str, index: int, kind: str, k_eq_v: bool) -> tuple[int, int]:
-    """Head size and KV heads of one layer.
-
-    transformers writes `per_layer_config`, the released files `global_head_dim` and
-    `num_global_key_value_heads`, the latter only in force where keys are values.
-    """
-    head_dim = positive(text, at + "head_dim")
-    num_kv_heads = positive(text, at + "num_key_value_heads")
-    overrides = text.get("per_layer_config")
-    if overrides is None:
-        if kind == FULL:
-            head_dim = positive(text, at + "global_head_dim")
-            if k_eq_v and text.get("num_global_key_value_heads") is not None:
-                num_kv_heads = positive(text, at + "num_global_key_value_heads")
-        return head_dim, num_kv_heads
-    override = overrides.get(str(index), {}) if isinstance(overrides, dict) else None
-    if not isinstance(override, dict) or set(override) - {"head_dim", "num_key_value_heads"}:
-        raise CheckpointError(
-            f"config.json has {at}per_layer_config for layer {index} = {override!r}; expected an "
-            "object with head_dim and num_key_value_heads at most"
-        )
-    path = f"{at}per_layer_config.{index}."
-    if "head_dim" in override:
-        head_dim = positive(override, path + "head_dim")
-    if "num_key_value_heads" in override:
-        num_kv_heads = positive(override, path + "num_key_value_heads")
-    return head_dim, num_kv_heads
-
-
-def _rotary(ropes: dict[str, Any], kind: str, at: str) -> RotaryConfig:
-    rope = ropes.get(kind)
-    if not isinstance(rope, dict) or rope.get("rope_type") not in ("default", "proportional"):
-        raise CheckpointError(
-            f"config.json has {at}{kind} = {rope!r}; expected rope_type 'default' or "
-            "'proportional' with a rope_theta"
-        )
-    path = f"{at}{kind}."
-    fraction = factor = 1.0
-    if rope.get("partial_rotary_factor") is not None:
-        fraction = positive_number(rope, path + "partial_rotary_factor")
-    is_default = rope["rope_type"] == "default"
-    if fraction > 1.0 or (is_default and fraction != 1.0):
-        raise CheckpointError(
-            f"config.json has {path}partial_rotary_factor = {fraction} with rope_type "
-            f"{rope['rope_type']!r}; only 'proportional' rotary takes one, of at most 1"
-        )
-    if not is_default and rope.get("factor") is not None:
-        factor = positive_number(rope, path + "factor")
-    return RotaryConfig(
-        kind=rope["rope_type"],
-        theta=positive_number(rope, path + "rope_theta"),
-        fraction=fraction,
-        factor=factor,
-    )
 
 
 class Attention(nn.Module):
@@ -302,7 +62,7 @@ class Attention(nn.Module):
         if self.owns_cache:
             self._write(x, positions, rotary)
         query = self.q_norm(self.q_proj(x).view(rows, self.num_heads, self.head_dim))
-        query = rotary.turn(query).view(rows, self.num_kv_heads, groups, self.head_dim)
+        query = rotary.rotate(query).view(rows, self.num_kv_heads, groups, self.head_dim)
         query = query.permute(1, 2, 0, 3).reshape(self.num_kv_heads, groups * rows, self.head_dim)
         scores = torch.bmm(query, source.key_cache.transpose(1, 2)) + mask  # the scale is 1.0
         mixed = torch.bmm(torch.softmax(scores, dim=-1), source.value_cache)
@@ -315,7 +75,7 @@ class Attention(nn.Module):
         value = key
         if self.v_proj is not None:
             value = self.v_proj(x).view(rows, self.num_kv_heads, self.head_dim)
-        key = rotary.turn(self.k_norm(key)).transpose(0, 1)
+        key = rotary.rotate(self.k_norm(key)).transpose(0, 1)
         value = self.v_norm(value).transpose(0, 1)
         torch.ops.aten.index_put_(self.key_cache, [None, positions], key)
         torch.ops.aten.index_put_(self.value_cache, [None, positions], value)
@@ -385,8 +145,9 @@ class Gemma4Layers(nn.Module):
             self.per_layer_projection_norm = RMSNorm(per_layer, config.norm_eps)
         for kind, rotary in config.rotary.items():
             head_dim = next(layer.head_dim for layer in config.layers if layer.kind == kind)
+            frequencies = rotary_frequencies(head_dim, rotary.theta, rotary.fraction)
             self.register_buffer(
-                f"{kind}_frequencies", inverse_frequencies(rotary, head_dim), persistent=False
+                f"{kind}_frequencies", frequencies / rotary.factor, persistent=False
             )
         self.register_buffer("key_positions", torch.arange(maximum_context), persistent=False)
         self.register_buffer("offsets", torch.arange(prefill_length), persistent=False)
@@ -409,7 +170,8 @@ class Gemma4Layers(nn.Module):
         per_layer = self._per_layer_inputs(tokens, x) if config.per_layer_size else None
         masks = self._masks(positions, block_length)
         rotaries = {
-            kind: Rotary(positions, getattr(self, f"{kind}_frequencies")) for kind in config.rotary
+            kind: Rotary.at(positions, getattr(self, f"{kind}_frequencies"))
+            for kind in config.rotary
         }
         size = config.per_layer_size
         for i, (layer, shape) in enumerate(zip(self.layers, config.layers, strict=True)):
@@ -455,55 +217,32 @@ class Gemma4Layers(nn.Module):
 
 
 def build_layers(
-    checkpoint: Checkpoint, *, maximum_context: int, prefill_length: int
-) -> tuple[Gemma4Layers, list[str]]:
-    """Build the stage and load its weights from an fp32 or int4 checkpoint.
-
-    Returns:
-        The module in eval mode, and notes about tensors that were left out on purpose.
+    checkpoint: Checkpoint, config: Gemma4Config, *, maximum_context: int, prefill_length: int
+) -> Gemma4Layers:
+    """Build the stage in eval mode and load its weights from an fp32 or int4 checkpoint.
 
     Raises:
-        CheckpointError: the config is of another architecture, or a tensor is missing or has
-            another shape than the config says.
+        CheckpointError: a tensor is missing or has another shape than the config says.
     """
-    config = Gemma4Config.from_checkpoint_config(checkpoint.config)
     model = Gemma4Layers(config, maximum_context=maximum_context, prefill_length=prefill_length)
-    tables = {"embed_tokens.weight", "embed_tokens_per_layer.weight"}
-    used = {config.head_table}
-    for path, parameter in list(model.named_parameters()):
-        name = config.prefix + path
-        used.add(name)
-        if tuple(checkpoint.shape(name)) != tuple(parameter.shape):
-            raise CheckpointError(
-                f"tensor {name} has shape {list(checkpoint.shape(name))}, config.json says "
-                f"{list(parameter.shape)}; take config and weights from one checkpoint"
-            )
-        weight = checkpoint.get(name)
-        owner_path, _, leaf = path.rpartition(".")
-        setattr(
-            model.get_submodule(owner_path),
-            leaf,
-            nn.Parameter(lookup_table(weight) if path in tables else weight, requires_grad=False),
-        )
-    return model.eval(), _notes(config, checkpoint.names() - used)
+    load_parameters(model, checkpoint, lambda path: config.prefix + path)
+    return model.eval()
 
 
-def _notes(config: Gemma4Config, unused: set[str]) -> list[str]:
+def unused_notes(config: Gemma4Config, unused: set[str]) -> list[str]:
+    """What to tell about tensors of the checkpoint that no module took."""
     others = tuple(f"model.{part}" for part in OTHER_MODALITIES)
     media = {name for name in unused if name.startswith(others)}
     shared = {
-        f"{config.prefix}layers.{i}.self_attn.{part}."
+        f"{config.prefix}layers.{i}.self_attn.{part}"
         for i, layer in enumerate(config.layers)
         if layer.source != i
         for part in SHARED_PARTS
     }
-    unread = {name for name in unused - media if name.rpartition(".")[0] + "." in shared}
-    rest = sorted(unused - media - unread - {"lm_head.weight"})
+    unread = {name for name in unused - media if name.rpartition(".")[0] in shared}
     notes = []
     if media:
         notes.append(f"skipped {len(media)} tensors of the vision and audio towers: text only")
     if unread:
         notes.append(f"skipped {len(unread)} tensors of layers that share keys and values")
-    if rest:
-        notes.append(f"skipped {len(rest)} tensors this architecture does not use: {rest[:3]}")
-    return notes
+    return notes + unused_note(unused - media - unread - {"lm_head.weight"})

@@ -1,165 +1,28 @@
 """HRM-Text, re-authored as three stages: embedding, low-level stack, high-level stack.
 
 The two stacks run in turns, several times a token; how often and in which order is the bundle's
-schedule (export/models/hrm_text_stages.py). Not known here: quantization (weights may be torchao
+schedule (export/families/hrm_text.py). Not known here: quantization (weights may be torchao
 tensors), backends, the vocabulary head. Reference: `HrmTextForCausalLM` of transformers 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.heads.lookup import lookup_table
-from export.models.blocks import (
-    MASKED,
-    RMSNorm,
-    Rotary,
-    positive,
-    positive_number,
-    refuse_variant,
-    silu,
-)
+from export.families.hrm_text import EMBEDDING, LOW_START, STACKS, HrmTextConfig
+from export.models.blocks import MASKED, RMSNorm, Rotary, rotary_frequencies, silu
+from export.models.weights import read_weight, set_parameter, unused_note
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
-
-MODEL_TYPE = "hrm_text"
-EMBEDDING_NAME = "model.embed_tokens.weight"
-HEAD_NAME = "lm_head.weight"
-LOW_START_NAME = "model.z_L_init"
-STACK_NAMES = {"low": "L_module", "high": "H_module"}
 
 ATTENTION_PARTS = ("gate_proj", "q_proj", "k_proj", "v_proj")
 """Rows of the fused projection `attn.gqkv_proj`, in order; equal parts."""
 MLP_PARTS = ("gate_proj", "up_proj")
 """Rows of the fused projection `mlp.gate_up_proj`, in order; equal parts."""
-
-MAXIMUM_KV_BYTES = 16 * 2**30
-"""No device that this project aims at has as much; a config that needs more is a mistake."""
-
-StackName = Literal["low", "high"]
-
-
-@dataclass(frozen=True)
-class HrmTextConfig:
-    """The fields of `config.json` that shape the model; nothing is defaulted from a class.
-
-    num_layers: transformer layers of one stack. high_cycles: turns of the high-level stack in a
-    pass. low_cycles: turns of the low-level stack before each of them.
-    """
-
-    vocabulary_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    high_cycles: int
-    low_cycles: int
-    norm_eps: float
-    rotary_theta: float
-    embedding_scale: float
-    max_positions: int
-    prefix_lm: bool
-    tied_head: bool
-
-    @classmethod
-    def from_checkpoint_config(cls, config: dict[str, Any]) -> HrmTextConfig:
-        """Read `config.json` as a dict.
-
-        Raises:
-            CheckpointError: another architecture, a missing field, or a variant that the released
-                models do not use and this graph does not have.
-        """
-        if config.get("model_type") != MODEL_TYPE:
-            raise CheckpointError(
-                f"config.json has model_type {config.get('model_type')!r}, "
-                f"expected {MODEL_TYPE!r}; give an HRM-Text checkpoint"
-            )
-        refuse_variant(config, "hidden_act", {"silu"})
-        refuse_variant(config, "attention_bias", {False}, default=False)
-        refuse_variant(config, "mlp_bias", {False}, default=False)
-        refuse_variant(config, "prefix_lm", {True, False}, default=True)
-        refuse_variant(config, "tie_word_embeddings", {True, False}, default=False)
-        sizes = {
-            name: positive(config, key)
-            for name, key in {
-                "vocabulary_size": "vocab_size",
-                "hidden_size": "hidden_size",
-                "intermediate_size": "intermediate_size",
-                "num_heads": "num_attention_heads",
-                "head_dim": "head_dim",
-                "high_cycles": "H_cycles",
-                "low_cycles": "L_cycles",
-                "max_positions": "max_position_embeddings",
-            }.items()
-        }
-        if sizes["head_dim"] % 2:
-            raise CheckpointError(
-                f"config.json has head_dim = {sizes['head_dim']}; rotary embedding needs an even "
-                "one"
-            )
-        return cls(
-            **sizes,
-            num_layers=_num_layers(config, sizes["high_cycles"], sizes["low_cycles"]),
-            norm_eps=positive_number(config, "rms_norm_eps"),
-            rotary_theta=_rotary_theta(config),
-            embedding_scale=_embedding_scale(config),
-            prefix_lm=bool(config.get("prefix_lm", True)),
-            tied_head=bool(config.get("tie_word_embeddings", False)),
-        )
-
-    def slots(self, stack: StackName) -> int:
-        """How often a stack runs in a pass; each run has a KV cache of its own."""
-        return self.high_cycles * (self.low_cycles if stack == "low" else 1)
-
-    def kv_bytes(self, positions: int) -> int:
-        """Bytes of K and V in fp32 for so many positions, over all slots of both stacks."""
-        slots = self.slots("low") + self.slots("high")
-        return slots * self.num_layers * 2 * self.num_heads * self.head_dim * 4 * positions
-
-
-def _num_layers(config: dict[str, Any], high_cycles: int, low_cycles: int) -> int:
-    """Layers of one stack.
-
-    transformers writes them as `num_layers_per_stack` and makes `num_hidden_layers` the number of
-    KV slots; a config that only has `num_hidden_layers` means those of one stack.
-    """
-    stated = positive(config, "num_hidden_layers")
-    if config.get("num_layers_per_stack") is None:
-        return stated
-    layers = positive(config, "num_layers_per_stack")
-    if stated != layers * high_cycles * (low_cycles + 1):
-        raise CheckpointError(
-            f"config.json has num_hidden_layers = {stated} with num_layers_per_stack = {layers}, "
-            f"H_cycles = {high_cycles} and L_cycles = {low_cycles}; expected "
-            f"{layers * high_cycles * (low_cycles + 1)}, the layers of all runs of the stacks"
-        )
-    return layers
-
-
-def _rotary_theta(config: dict[str, Any]) -> float:
-    rope = config.get("rope_parameters")
-    if rope is None and config.get("rope_scaling") is None:
-        return positive_number(config, "rope_theta")
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise CheckpointError(
-            f"config.json has rope_parameters = {rope!r} and rope_scaling = "
-            f"{config.get('rope_scaling')!r}; expected rope_type 'default' with a rope_theta"
-        )
-    return positive_number(rope, "rope_parameters.rope_theta")
-
-
-def _embedding_scale(config: dict[str, Any]) -> float:
-    """1 / initializer_range where it is not stated, as in the reference's config class."""
-    if config.get("embedding_scale") is None:
-        return 1.0 / positive_number(config, "initializer_range")
-    return positive_number(config, "embedding_scale")
 
 
 class Attention(nn.Module):
@@ -196,8 +59,8 @@ class Attention(nn.Module):
         query = projected[:, size : 2 * size].reshape(tokens, self.num_heads, self.head_dim)
         key = projected[:, 2 * size : 3 * size].reshape(tokens, self.num_heads, self.head_dim)
         value = projected[:, 3 * size :].reshape(tokens, self.num_heads, self.head_dim)
-        query = rotary.turn(query * self.scale).permute(1, 0, 2)
-        key = rotary.turn(key).permute(1, 0, 2)
+        query = rotary.rotate(query * self.scale).permute(1, 0, 2)
+        key = rotary.rotate(key).permute(1, 0, 2)
         value = value.permute(1, 0, 2)
         torch.ops.aten.index_put_(self.key_cache, [None, written], key)
         torch.ops.aten.index_put_(self.value_cache, [None, written], value)
@@ -280,9 +143,8 @@ class Stack(nn.Module):
             Layer(config, slots, maximum_context) for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, weighted=False)
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         for name, constant in {
-            "frequencies": 1.0 / config.rotary_theta**exponents,
+            "frequencies": rotary_frequencies(config.head_dim, config.rotary_theta),
             "key_positions": torch.arange(maximum_context),
             "offsets": torch.arange(prefill_length),
         }.items():
@@ -308,7 +170,7 @@ class Stack(nn.Module):
         positions = start + self.offsets[:tokens]
         first = slot * self.maximum_context
         written, read = first + positions, first + self.key_positions
-        rotary = Rotary(positions, self.frequencies)
+        rotary = Rotary.at(positions, self.frequencies)
         mask = self._mask(positions, start + (tokens - 1), block_length)
         hidden = (high + low).reshape(tokens, self.hidden_size)
         for layer in self.layers:
@@ -334,33 +196,25 @@ class HrmTextModules:
 
 
 def build_modules(
-    checkpoint: Checkpoint, *, maximum_context: int, prefill_length: int
+    checkpoint: Checkpoint, config: HrmTextConfig, *, maximum_context: int, prefill_length: int
 ) -> HrmTextModules:
     """Build the three stages and load their weights from an fp32 or int4 checkpoint.
 
     Raises:
-        CheckpointError: the config is of another architecture, asks for a KV cache beyond all
-            bounds, or a tensor is missing or has another shape than the config says.
+        CheckpointError: a tensor is missing or has another shape than the config says.
     """
-    config = HrmTextConfig.from_checkpoint_config(checkpoint.config)
-    kv_bytes = config.kv_bytes(maximum_context)
-    if kv_bytes > MAXIMUM_KV_BYTES:
-        raise CheckpointError(
-            f"config.json and a maximum context of {maximum_context} need a KV cache of "
-            f"{kv_bytes} bytes, at most {MAXIMUM_KV_BYTES} are supported; give a shorter context"
-        )
-    load = _Loader(checkpoint)
     embed = Embedding(config)
-    table = load(EMBEDDING_NAME, embed.embed_tokens.weight.shape)
-    embed.embed_tokens.weight = _frozen(lookup_table(table))
-    embed.low_start = _frozen(load(LOW_START_NAME, embed.low_start.shape))
+    used = {EMBEDDING, LOW_START, config.head_table}
+    for path, name in (("embed_tokens.weight", EMBEDDING), ("low_start", LOW_START)):
+        shape = embed.get_parameter(path).shape
+        set_parameter(embed, path, read_weight(checkpoint, name, shape))
     if config.num_layers > len(checkpoint.names()):
         raise CheckpointError(
             f"config.json says {config.num_layers} layers a stack, the checkpoint has "
             f"{len(checkpoint.names())} tensors in all; take config and weights from one checkpoint"
         )
     stacks = {}
-    for stack, module_name in STACK_NAMES.items():
+    for stack, module_name in STACKS.items():
         stacks[stack] = Stack(
             config,
             slots=config.slots(stack),
@@ -368,60 +222,34 @@ def build_modules(
             prefill_length=prefill_length,
         )
         for index, layer in enumerate(stacks[stack].layers):
-            _load_layer(layer, f"model.{module_name}.layers.{index}", load)
-    if not config.tied_head:
-        load.used.add(HEAD_NAME)
-    unused = sorted(checkpoint.names() - load.used)
-    notes = ()
-    if unused:
-        notes = (
-            f"skipped {len(unused)} tensors this architecture does not use: {unused[:3]}",
-        )  # fmt: skip
+            used |= _load_layer(layer, f"model.{module_name}.layers.{index}", checkpoint)
+    notes = tuple(unused_note(checkpoint.names() - used))
     return HrmTextModules(embed.eval(), stacks["low"].eval(), stacks["high"].eval(), notes)
 
 
-class _Loader:
-    """Reads tensors of the shapes that the config says, and remembers which."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.used: set[str] = set()
-
-    def __call__(self, name: str, shape: Iterable[int]) -> Tensor:
-        stored = tuple(self.checkpoint.shape(name))
-        if stored != tuple(shape):
-            raise CheckpointError(
-                f"tensor {name} has shape {list(stored)}, which does not fit config.json "
-                f"({list(shape)}); take config and weights from one checkpoint"
-            )
-        self.used.add(name)
-        return self.checkpoint.get(name)
-
-
-def _frozen(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight, requires_grad=False)
-
-
-def _load_layer(layer: Layer, prefix: str, load: _Loader) -> None:
+def _load_layer(layer: nn.Module, prefix: str, checkpoint: Checkpoint) -> set[str]:
     """Load a layer's four matrices by the released names, or by those of transformers' modules.
 
     transformers fuses and renames when it writes (`conversion_mapping.py`), unless told not to.
+    Returns the names that were read.
     """
-    names = load.checkpoint.names()
-    for linear, fused, parts in (
-        (layer.attn.gqkv_proj, "attn.gqkv_proj", [f"self_attn.{p}" for p in ATTENTION_PARTS]),
-        (layer.attn.o_proj, "attn.o_proj", ["self_attn.o_proj"]),
-        (layer.mlp.gate_up_proj, "mlp.gate_up_proj", [f"mlp.{p}" for p in MLP_PARTS]),
-        (layer.mlp.down_proj, "mlp.down_proj", ["mlp.down_proj"]),
+    names, used = checkpoint.names(), set()
+    for path, parts in (
+        ("attn.gqkv_proj.weight", [f"self_attn.{p}" for p in ATTENTION_PARTS]),
+        ("attn.o_proj.weight", ["self_attn.o_proj"]),
+        ("mlp.gate_up_proj.weight", [f"mlp.{p}" for p in MLP_PARTS]),
+        ("mlp.down_proj.weight", ["mlp.down_proj"]),
     ):
-        name, shape = f"{prefix}.{fused}.weight", tuple(linear.weight.shape)
-        apart = [f"{prefix}.{part}.weight" for part in parts]
-        if name in names or not set(apart) & names:
-            weight = load(name, shape)
-        else:
-            rows = shape[0] // len(apart)
-            weight = _stack_rows([load(part, (rows, shape[1])) for part in apart])
-        linear.weight = _frozen(weight)
+        rows, columns = layer.get_parameter(path).shape
+        found = [f"{prefix}.{part}.weight" for part in parts]
+        if f"{prefix}.{path}" in names or not set(found) & names:
+            found = [f"{prefix}.{path}"]
+        shape = (rows // len(found), columns)
+        set_parameter(
+            layer, path, _stack_rows([read_weight(checkpoint, name, shape) for name in found])
+        )
+        used |= set(found)
+    return used
 
 
 def _stack_rows(parts: list[Tensor]) -> Tensor:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.heads.lookup import lookup_table
 from quantize.checkpoint import PackedIntegers
+from quantize.errors import CheckpointError
 from quantize.packing import pack_int4
 
 
@@ -30,6 +32,56 @@ class Weights(Protocol):
 
     def get_packed(self, name: str, index: int | None = None) -> PackedIntegers | None:
         """See `Checkpoint.get_packed`."""
+
+
+def read_weight(weights: Weights, name: str, shape: Sequence[int]) -> Tensor:
+    """The tensor `name`; raises CheckpointError if it is missing or of another shape."""
+    check_shape(weights, name, weights.shape(name), shape)
+    return weights.get(name)
+
+
+def check_shape(
+    weights: Weights, name: str, stored: Sequence[int], expected: Sequence[int]
+) -> None:
+    """Raise CheckpointError for a tensor that is stored in another shape than expected."""
+    if tuple(stored) != tuple(expected):
+        raise CheckpointError(
+            f"tensor {name} has shape {list(weights.shape(name))}, which does not fit config.json: "
+            f"config.json says {list(expected)}; take config and weights from one checkpoint"
+        )
+
+
+def set_parameter(module: nn.Module, path: str, weight: Tensor) -> None:
+    """Put a weight in the place of the parameter at `path`, a table in the form of look-ups."""
+    owner_path, _, leaf = path.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    if isinstance(owner, nn.Embedding):
+        weight = lookup_table(weight)
+    setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+
+
+def load_parameters(module: nn.Module, weights: Weights, name_of: Callable[[str], str]) -> None:
+    """Give every parameter of a module its weight, found by the checkpoint's name of its path.
+
+    Raises what `read_weight` raises.
+    """
+    for path, parameter in list(module.named_parameters()):
+        set_parameter(module, path, read_weight(weights, name_of(path), parameter.shape))
+
+
+def from_layer(path: str, first: int) -> str:
+    """The path in the whole model of `path` in a group of layers that begins with layer `first`."""
+    parts = path.split(".")
+    if parts[0] == "layers":
+        parts[1] = str(first + int(parts[1]))
+    return ".".join(parts)
+
+
+def unused_note(names: Iterable[str]) -> list[str]:
+    """The note about tensors that no graph has; none without any."""
+    if not (unused := sorted(names)):
+        return []
+    return [f"skipped {len(unused)} tensors this architecture does not use: {unused[:3]}"]
 
 
 class RenamedWeights:

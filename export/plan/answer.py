@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from export.families import read_shape
+from export.families import describe
 from export.families.shapes import ModelShape, expected_distinct
 from export.plan.break_even import (
     Acceptance,
@@ -19,7 +19,7 @@ from export.plan.break_even import (
 from export.plan.budget import Budget, Line, budget_of_layout
 from export.plan.device import Device, names, on_npu, open_device
 from export.plan.layout import Layout, checkpoint_bytes, lay_out
-from export.plan.presets import read_config
+from export.plan.presets import model_files
 from export.plan.roofline import Time, ridge, time_of
 from export.plan.work import Experts, Pass, chosen_experts, layers_pass, step_pass
 from quantize.errors import InputError
@@ -74,7 +74,7 @@ class Answer:
         return {
             "model": self.model,
             "family": shape.family,
-            "style": shape.style,
+            "style": shape.style.name,
             "canvas_length": shape.canvas_length,
             "recipe": self.recipe_name,
             "context": self.layout.context,
@@ -126,14 +126,16 @@ def answer(
     Raises InputError, CheckpointError, RecipeError: a model, device, recipe or length that cannot
     be.
     """
-    name, config = read_config(model)
-    shape = read_shape(config)
-    context = shape.default_context if context is None else context
-    if not shape.canvas_length <= context <= shape.maximum_positions:
-        raise InputError(
-            f"a context of {context} is not from the canvas of {shape.canvas_length} to the "
-            f"{shape.maximum_positions} positions of config.json; give one that is"
-        )
+    files = model_files(model)
+    shape = describe(files).shape
+    if context is not None:
+        if not shape.canvas_length <= context <= shape.maximum_positions:
+            raise InputError(
+                f"a context of {context} is not from the canvas of {shape.canvas_length} to the "
+                f"{shape.maximum_positions} positions of config.json; give one that is"
+            )
+        shape = describe(files, context).shape
+    context = shape.default_context
     layout = lay_out(shape, recipe, context=context)
     found = [open_device(known) for known in devices or names()]
     if npu:
@@ -144,7 +146,7 @@ def answer(
         for device in found
     )
     return Answer(
-        model=name,
+        model=files.folder.name,
         shape=shape,
         recipe_name="none (fp32)" if recipe is None else recipe.name,
         layout=layout,
@@ -162,7 +164,7 @@ def _passes(shape: ModelShape, recipe: Recipe | None, context: int) -> tuple[Pas
     prefill = layers_pass(
         shape, recipe, rows=shape.prefill_length(context), context=context, name="prefill chunk"
     )
-    if shape.style == "autoregressive":
+    if shape.style.step_is_token:
         return step_pass(shape, recipe, context=context), prefill
     step, commit = canvas_passes(shape, recipe, context=context)
     return step, commit, prefill, step_pass(shape.twin(), recipe, context=context)
@@ -184,8 +186,8 @@ def _on_device(
     experts: Experts = chosen_experts(shape) if device.is_measured else "routed"
     step = time_of(step_pass(shape, recipe, context=context, experts=experts), device)
     found = made = None
-    rate = 1000.0 / step.ms if shape.style == "autoregressive" else None
-    if shape.style != "autoregressive":
+    rate: float | None = 1000.0 / step.ms
+    if not shape.style.step_is_token:
         found = break_even(shape, recipe, device, context=context, acceptance=acceptance)
         made = claim(shape, recipe, device, context=context, tokens=tokens, steps=steps)
         own = next(point for point in found.points if point.length == shape.canvas_length)

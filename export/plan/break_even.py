@@ -166,7 +166,7 @@ def canvas_passes(
 ) -> tuple[Pass, Pass]:
     """A denoising step of the model's canvas and the commit after it."""
     step = step_pass(shape, recipe, context=context, experts=experts)
-    rows = shape.step_rows(context)
+    rows = shape.step_rows
     commit = layers_pass(shape, recipe, rows=rows, context=context, experts=experts, name="commit")
     return step, commit
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from export.contract.styles import STYLES
 from export.host.program_file import read_program_memory
 from export.plan.device import Device
 from export.plan.layout import Layout, largest_layer_bytes
@@ -81,7 +82,7 @@ def budget_of_layout(
     sums: dict[tuple[str, Kind], int] = {}
     for item in layout.stored:
         kind: Kind = "file" if item.where == "mapped" else "anonymous"
-        what = item.part
+        what: str = item.part
         if item.stage == "head" or item.what == "lookup":
             what = f"{item.part}, {item.what}"
         sums[what, kind] = sums.get((what, kind), 0) + item.bytes
@@ -131,7 +132,7 @@ def budget_of_bundle(
             head = memory.weight_bytes
     if workspace_bytes:
         lines.append(Line("backend's workspace", "anonymous", workspace_bytes))
-    if bundle.manifest.style != "masked_diffusion":
+    if STYLES[bundle.manifest.style].loads_head_whole:
         lines += _loading(head, workspace_bytes)
     lines += _runtime(device, runtime)
     kept = tuple(line for line in lines if line.bytes)

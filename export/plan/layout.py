@@ -28,11 +28,6 @@ TILE = 16
 """XNNPACK pads the outputs of a packed product to its widest tile; 16 is that of its int4 kernels
 for AVX-512, 8 elsewhere."""
 
-# Live fp32 tensors between delegates at the last layer, as multiples of rows x hidden size: what
-# the memory planner of ExecuTorch 1.5 arrives at for the graphs of export.models
-# (benchmarks/results/plan_accuracy.txt). Earlier layers use the room of caches not yet written.
-LIVE_ROWS = {"uniform_diffusion": 9.0, "masked_diffusion": 2.0, "autoregressive": 2.0}
-
 KV_ALLOCATIONS = 2
 """How often the planned memory has each cache: the in-place write's result has a place of its own,
 alive to the end of the program, though it is the cache itself and never touched otherwise. It is
@@ -85,8 +80,8 @@ class Layout:
     @property
     def loading_bytes(self) -> int:
         """Of the head in its file, all mapped while its one delegate packs them: the peak of
-        loading. A masked model's head has a delegate a chunk, and no such peak."""
-        if self.shape.style == "masked_diffusion" and not self.shape.truncation:
+        loading. A head with a delegate for each chunk has no such peak."""
+        if not (self.shape.style.loads_head_whole or self.shape.truncation):
             return 0
         head = (item for item in self.stored if item.stage == "head" and item.where == "packed")
         return sum(item.file_bytes for item in head)
@@ -152,8 +147,8 @@ def _grouped(weights: tuple[Weight, ...], recipe: Recipe | None) -> Iterator[Gro
         key = (alike, weight.shape, weight.kind, weight.runs, scheme)
         first.setdefault(key, (weight, scheme))
         counts[key] = counts.get(key, 0) + 1
-    for key, (weight, scheme) in first.items():
-        yield Group(weight, scheme, counts[key])
+    for kind, (weight, scheme) in first.items():
+        yield Group(weight, scheme, counts[kind])
 
 
 def checkpoint_bytes(shape: ModelShape, recipe: Recipe | None) -> int:
@@ -267,8 +262,7 @@ def _head(shape: ModelShape, recipe: Recipe | None) -> Iterator[Stored]:
     vocabulary, hidden = table.shape
     size, file_size, arithmetic = packed_bytes(vocabulary, hidden, scheme)
     yield Stored("head", "logits", table.name, "head", "packed", size, file_size, arithmetic)
-    walks = shape.style != "autoregressive" and not shape.truncation
-    if walks:
+    if shape.style.walks_vocabulary and not shape.truncation:
         size = lookup_bytes(vocabulary, hidden, scheme)
         yield Stored("head", "lookup", table.name, "head", "mapped", size, size)
     if shape.soft_embedding:
@@ -285,16 +279,16 @@ def _head(shape: ModelShape, recipe: Recipe | None) -> Iterator[Stored]:
 
 def _activation_bytes(shape: ModelShape, rows: int) -> int:
     """Tensors between the delegates of the layers, at the most rows of a call."""
-    return int(4 * LIVE_ROWS[shape.style] * rows * shape.hidden_size)
+    return int(4 * shape.style.live_rows * rows * shape.hidden_size)
 
 
 def _head_planned_bytes(shape: ModelShape, rows: int) -> int:
     """Buffers of the head: hidden states, block sums and maxima, or the logits of its row."""
-    if shape.style == "autoregressive":
-        return 4 * (rows * shape.hidden_size + 8 * shape.vocabulary_size)
-    chosen = shape.canvas_length + (shape.style == "masked_diffusion")
-    if shape.truncation:
-        return 4 * (rows * shape.hidden_size + 6 * chosen * shape.vocabulary_size)
+    style = shape.style
+    chosen = shape.canvas_length + style.head_rows_beyond_canvas
+    if shape.truncation or not style.walks_vocabulary:
+        logits = style.held_logits * chosen * shape.vocabulary_size
+        return 4 * (rows * shape.hidden_size + logits)
     chunks = ceil(shape.vocabulary_size / HEAD_COLUMNS)
     sums = ceil(chunks / 16)
     tables = (2 * sums + 4) * chosen * HEAD_COLUMNS

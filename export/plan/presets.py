@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import CheckpointError, InputError
+from export.families.description import PlainFiles
+from quantize.errors import InputError
+from quantize.files.json_files import read_json_object
 
 FOLDER = Path(__file__).with_name("presets")
-CONFIG_FILE = "config.json"
+CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ def source(name: str) -> Source:
     return Source(**sources[name])
 
 
-def read_config(model: str) -> tuple[str, dict[str, Any]]:
-    """The name and the config.json of a preset, of a checkpoint folder, or of a file.
+def model_files(model: str) -> PlainFiles:
+    """config.json and generation_config.json of a preset, of a checkpoint folder, or of a file.
 
-    Raises InputError for a name that there is not, CheckpointError for a file that is not JSON.
+    Raises InputError for a name that there is not, CheckpointError for a file that is no JSON
+    object.
     """
     path = Path(model)
     if model in names():
@@ -51,14 +53,17 @@ def read_config(model: str) -> tuple[str, dict[str, Any]]:
             f"{model} is neither a folder nor a config.json nor a preset; presets are "
             f"{', '.join(names())}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise InputError(
             f"{path} is missing; give a checkpoint folder, a config.json, or a preset's name"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-    return path.resolve().parent.name, config
+        )
+    folder = path.resolve().parent
+    generation = folder / GENERATION_CONFIG_FILE
+    found = read_json_object(generation) if generation.is_file() else {}
+    return PlainFiles(folder, read_json_object(path), found)
+
+
+def read_config(model: str) -> tuple[str, dict[str, Any]]:
+    """The name and the config.json of what `model_files` takes. Raises what that raises."""
+    files = model_files(model)
+    return files.folder.name, files.config

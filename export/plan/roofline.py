@@ -51,8 +51,8 @@ def ridge(device: Device, arithmetic: str = "int8") -> float | None:
 
 def time_of(work: Pass, device: Device) -> Time:
     """The time of a pass. Raises InputError for a device without bandwidth or peaks."""
-    bandwidth = device.value("memory_gb_s")
-    if bandwidth is None or device.peak_gops("int8") is None:
+    bandwidth, int8 = device.value("memory_gb_s"), device.peak_gops("int8")
+    if bandwidth is None or int8 is None:
         raise InputError(
             f"device {device.name} says nothing of its "
             f"{'memory_gb_s' if bandwidth is None else 'int8_gops'}; add it to its file, or measure"
@@ -62,8 +62,7 @@ def time_of(work: Pass, device: Device) -> Time:
         moved = 1e-6 * item.bytes / bandwidth
         computed = 0.0
         if item.operations:
-            peak = device.peak_gops(item.arithmetic) or device.peak_gops("int8")
-            computed = 1e-6 * item.operations / peak
+            computed = 1e-6 * item.operations / (device.peak_gops(item.arithmetic) or int8)
         best += max(moved, computed)
         by_memory += moved if moved >= computed else 0.0
         memory += moved
@@ -86,7 +85,7 @@ def _expected_ms(work: Pass, device: Device) -> float:
 def _item_ms(item: Work, device: Device) -> float:
     overhead = 1e-3 * (device.value("operator_us") or 0.0) * item.calls
     if item.what in ("product", "scores"):
-        rate = device.rates.get(item.arithmetic) or device.rates.get("int8")
+        rate = device.rates.get(item.arithmetic) or device.rates["int8"]
         return overhead + 1e-6 * item.operations / rate.gops(item.rows)
     per_s = {
         "simple": device.value("simple_gvalues_s"),

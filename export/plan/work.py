@@ -21,10 +21,6 @@ Experts = Literal["routed", "dense", "gather"]
 """routed: only what the router chose, as a perfect kernel would. dense: every expert on every row.
 gather: each expert on its own rows. The last two are what `export` builds."""
 
-# Passes of simple operators over the logits of a row, beside the products: a tanh, an exp and what
-# sums and compares them (export/heads/uniform_diffusion.py, export/heads/token.py).
-HEAD_VALUES = {"uniform_diffusion": 8, "masked_diffusion": 7, "autoregressive": 10}
-
 
 @dataclass(frozen=True)
 class Work:
@@ -83,15 +79,12 @@ def step_pass(
     shape: ModelShape, recipe: Recipe | None, *, context: int, experts: Experts = "routed"
 ) -> Pass:
     """A denoising step of diffusion, or a token of an autoregressive model: layers and head."""
-    rows = shape.step_rows(context)
-    if shape.style == "masked_diffusion" and shape.block_length == 0:
-        rows = shape.canvas_length
-    name = "token" if shape.style == "autoregressive" else "denoising step"
+    rows = shape.step_rows
     work = (
         *_layers(shape, recipe, rows, context, experts, denoise=True),
         *_head(shape, recipe, shape.canvas_length),
     )
-    return Pass(name, rows, tuple(_merged(work)))
+    return Pass(shape.style.step_name, rows, tuple(_merged(work)))
 
 
 def layers_pass(
@@ -104,8 +97,7 @@ def layers_pass(
     name: str = "prefill",
 ) -> Pass:
     """A pass of the layers alone: a chunk of a prompt, or the commit of a canvas."""
-    # DiffusionGemma's graph has one length: a short chunk is padded.
-    rows = shape.canvas_length if shape.style == "uniform_diffusion" else rows
+    rows = shape.canvas_length if shape.style.has_fixed_rows else rows
     return Pass(
         name,
         rows,
@@ -205,9 +197,9 @@ def _head(shape: ModelShape, recipe: Recipe | None, rows: int) -> Iterator[Work]
     scheme = scheme_of(table, recipe)
     product = replace(_product(table, scheme, rows), part="head", kind="head")
     vocabulary, hidden = table.shape
-    chunks = 1 if shape.style == "autoregressive" else ceil(vocabulary / HEAD_COLUMNS)
+    chunks = ceil(vocabulary / HEAD_COLUMNS) if shape.style.walks_vocabulary else 1
     yield replace(product, calls=float(chunks))
-    values = float(rows * vocabulary * HEAD_VALUES[shape.style])
+    values = float(rows * vocabulary * shape.style.values_per_logit)
     if shape.truncation:
         values *= 8  # a search over the held logits for top-k and top-p, some dozens of passes
     yield Work("head", "head", "simple", "fp32", rows, 0.0, 0.0, values, 8.0 * chunks)

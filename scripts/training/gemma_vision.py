@@ -9,33 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from export.families.fields import divided, size, table
-from quantize.errors import CheckpointError
+from export.families.fields import Section, divided
 
 
 def vision_weights(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes by name; none for a config.json without `vision_config`. Raises CheckpointError."""
     if config.get("vision_config") is None:
         return {}
-    vision = table(config, "vision_config")
+    vision = Section(config).section("vision_config")
     for key in ("use_clipped_linears", "standardize", "attention_bias"):
         if vision.get(key):
-            raise CheckpointError(
-                f"config.json has vision_config.{key} = {vision[key]!r}, of which the weights are "
-                "not known here; set it to false"
-            )
-    hidden, inner = size(vision, "hidden_size"), size(vision, "intermediate_size")
-    heads = size(vision, "num_attention_heads")
-    head_dim = size(vision, "head_dim", None if "head_dim" in vision else divided(hidden, heads))
-    query, kv = heads * head_dim, size(vision, "num_key_value_heads", heads) * head_dim
+            raise vision.refusal(key, "its weights are not known here; set it to false")
+    hidden, inner = vision.size("hidden_size"), vision.size("intermediate_size")
+    heads = vision.size("num_attention_heads")
+    head_dim = vision.size(
+        "head_dim", None if "head_dim" in vision.entries else divided(hidden, heads)
+    )
+    query, kv = heads * head_dim, vision.size("num_key_value_heads", heads) * head_dim
     tower = "model.encoder.vision_tower."
     found: dict[str, tuple[int, ...]] = {
         f"{tower}patch_embedder.position_embedding_table": (
-            2, size(vision, "position_embedding_size"), hidden,
+            2, vision.size("position_embedding_size"), hidden,
         ),
-        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * size(vision, "patch_size") ** 2),
+        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * vision.size("patch_size") ** 2),
     }  # fmt: skip
-    for layer in range(size(vision, "num_hidden_layers")):
+    for layer in range(vision.size("num_hidden_layers")):
         at = f"{tower}encoder.layers.{layer}."
         found |= {
             f"{at}{name}.linear.weight": shape
@@ -57,6 +55,6 @@ def vision_weights(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                 "post_feedforward_layernorm",
             )
         }  # fmt: skip
-    text_hidden = size(table(config, "text_config"), "hidden_size")
+    text_hidden = Section(config).section("text_config").size("hidden_size")
     found["model.encoder.embed_vision.embedding_projection.weight"] = (text_hidden, hidden)
     return found

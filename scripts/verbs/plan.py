@@ -155,10 +155,10 @@ def _accepted(text: str) -> tuple[int, float]:
 
 
 def _canvas_of(model: str) -> int:
-    from export.families import read_shape
-    from export.plan.presets import read_config
+    from export.families import describe
+    from export.plan.presets import model_files
 
-    return read_shape(read_config(model)[1]).canvas_length
+    return describe(model_files(model)).shape.canvas_length
 
 
 def _measured_acceptance(path: Path) -> dict[int, float]:

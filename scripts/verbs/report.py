@@ -85,9 +85,9 @@ def _with_forecasts(
     if plan is None or device is None:
         raise InputError("--plan and --device go together; give both, or neither")
     from device_tests.results.planned import with_forecasts
-    from export.families import read_shape
+    from export.families import describe
     from export.plan.device import open_device
-    from export.plan.presets import read_config
+    from export.plan.presets import model_files
 
-    shape = read_shape(read_config(plan)[1])
+    shape = describe(model_files(plan)).shape
     return with_forecasts(summary, shape, recipe_or_none(recipe), open_device(device), context)

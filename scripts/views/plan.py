@@ -34,7 +34,7 @@ def _facts(found: Answer) -> Table:
     active = ""
     if shape.active_parameters != shape.total_parameters:
         active = f", {_count(shape.active_parameters)} active"
-    style = shape.style.replace("_", " ")
+    style = shape.style.name.replace("_", " ")
     canvas = "" if shape.canvas_length == 1 else f", canvas of {shape.canvas_length}"
     return fact_table(
         [
@@ -95,7 +95,7 @@ def _verdicts(found: Answer) -> Table:
 
 
 def _speeds(found: Answer) -> Table:
-    diffusion = found.shape.style != "autoregressive"
+    diffusion = not found.shape.style.step_is_token
     numbers = ["ridge", "step ms" if diffusion else "token ms", "bound by"]
     numbers += ["twin's token ms"] if diffusion else []
     table = column_table(

@@ -17,9 +17,10 @@ import torch
 
 from export.contract.bundle import Bundle
 from export.exporter import export_bundle
+from export.families import gemma4 as gemma4_family
 from export.host.bundle_engine import open_engine
 from export.host.eager import eager_engine
-from export.models import gemma4_stages, stage_model
+from export.models import stage_model
 from export.models.staging import StagedModel
 from quantize.checkpoint import open_checkpoint
 from quantize.quantizer import quantize_checkpoint
@@ -77,7 +78,7 @@ def make(reference: torch.nn.Module, folder: Path) -> Made:
 def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Prefill in chunks of 8, so that a short prompt takes several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemma4_stages, "PREFILL_LENGTH", PREFILL)
+        patch.setattr(gemma4_family, "PREFILL_LENGTH", PREFILL)
         reference = test_gemma4.random_model(GEMMA4, seed=5)
         return make(reference, tmp_path_factory.mktemp("gemma4"))
 

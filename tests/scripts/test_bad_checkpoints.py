@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from export.models import FAMILIES
+from export.families import FAMILIES
 from scripts.pocketdiff import run
 from tests.conftest import DEMO_MODEL
 from tests.support import dense_checkpoints

@@ -31,7 +31,7 @@ from export.contract.bundle import (
     write_bundle,
 )
 from export.exporter import _describe
-from export.heads.token import autoregressive_head_stage, masked_head_stage
+from export.models.head_stages import autoregressive_head_stage, masked_head_stage
 from export.models.staging import StagedModel, StageModule
 
 VOCABULARY, HIDDEN, HEADS, LAYERS, CONTEXT = 37, 16, 2, 2, 64

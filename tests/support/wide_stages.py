@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.contract.bundle import Bundle, Decoding, Experts, ModelInfo, Sampler, SpecialTokens
-from export.heads.token import autoregressive_head_stage
+from export.models.head_stages import autoregressive_head_stage
 from export.models.staging import StagedModel, StageModule
 from tests.support.tiny_decoder import lowered_bundle
 

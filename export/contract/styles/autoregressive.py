@@ -37,6 +37,9 @@ class Autoregressive(Style):
     head_inputs = ("hidden", "row", "settings", "uniform")
     head_outputs = ("token", "log_prob", "entropy")
     step_is_token = True
+    walks_vocabulary = False
+    values_per_logit = 10
+    held_logits = 8
 
     def decoding_problem(self, info: ModelInfo, decoding: Decoding | None) -> str | None:
         """See `Style`. A canvas is one token, and the row at p is that of the token at p + 1."""

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from quantize.errors import BundleError, InputError
 
 if TYPE_CHECKING:
-    from export.contract.bundle import Decoding, ModelInfo, Sampler
+    import numpy as np
+
+    from export.contract.bundle import Decoding, ModelInfo, Sampler, StyleName
 
 LAYERS_OUTPUTS = ("hidden",)
 """What a pass of the layers returns, in every style."""
@@ -32,13 +32,15 @@ class SamplerSettings:
 
     def as_array(self) -> np.ndarray:
         """The head's `settings` input, `[number of array_fields]` fp32."""
+        import numpy as np  # here, because a plan reads settings without it
+
         return np.array([getattr(self, name) for name in self.array_fields()], dtype=np.float32)
 
 
 class Style(ABC):
     """A generation style; a subclass is one file, and one line in `STYLES`."""
 
-    name: ClassVar[str]
+    name: ClassVar[StyleName]
     sampler: ClassVar[str]
     """Name of the one sampler it has."""
     settings: ClassVar[type[Any]]
@@ -50,6 +52,28 @@ class Style(ABC):
 
     step_is_token: ClassVar[bool] = False
     """Whether a step of the loop is one token of the text."""
+
+    # What `export.plan` computes time and memory from; counts are those of export/heads.
+    has_fixed_rows: ClassVar[bool] = False
+    """Whether every pass has the canvas's rows, a short prompt chunk being padded."""
+    walks_vocabulary: ClassVar[bool] = True
+    """Whether the head computes logits in chunks that it does not keep, unless it truncates."""
+    loads_head_whole: ClassVar[bool] = True
+    """Whether one delegate packs all of the head's weights while their file is mapped."""
+    head_rows_beyond_canvas: ClassVar[int] = 0
+    values_per_logit: ClassVar[int]
+    """fp32 values that simple operators of the head go through for each logit: a tanh, an exp, and
+    what sums and compares them."""
+    held_logits: ClassVar[int] = 6
+    """Copies of a row's logits that a head holds which does not walk."""
+    live_rows: ClassVar[float] = 2.0
+    """fp32 tensors between delegates at the last layer, as multiples of rows x hidden size: what
+    the memory planner of ExecuTorch 1.5 arrives at (benchmarks/results/plan_accuracy.txt)."""
+
+    @property
+    def step_name(self) -> str:
+        """What a plan calls one step."""
+        return "token" if self.step_is_token else "denoising step"
 
     @abstractmethod
     def decoding_problem(self, info: ModelInfo, decoding: Decoding | None) -> str | None:

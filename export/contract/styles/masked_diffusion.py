@@ -71,6 +71,9 @@ class MaskedDiffusion(Style):
     layers_inputs = ("tokens", "start", "block_length")
     head_inputs = ("hidden", "rows", "settings", "quota", "uniform")
     head_outputs = ("token", "accepted", "score", "entropy")
+    loads_head_whole = False
+    head_rows_beyond_canvas = 1
+    values_per_logit = 7
 
     def decoding_problem(self, info: ModelInfo, decoding: Decoding | None) -> str | None:
         """See `Style`. A step's rows fit in one call, and canvases divide blocks."""

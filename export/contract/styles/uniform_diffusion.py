@@ -75,6 +75,9 @@ class UniformDiffusion(Style):
         "target_log_prob",
         "signal",
     )
+    has_fixed_rows = True
+    values_per_logit = 8
+    live_rows = 9.0
 
     def usual_canvases(self, new_tokens: int, canvas_length: int) -> int:
         """See `Style`. One: its canvases are long."""

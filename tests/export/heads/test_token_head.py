@@ -20,9 +20,8 @@ from export.heads.samplers.truncation import truncate
 from export.heads.token import (
     AutoregressiveHead,
     MaskedHead,
-    autoregressive_head_stage,
-    masked_head_stage,
 )
+from export.models.head_stages import autoregressive_head_stage, masked_head_stage
 from export.models.staging import StageModule
 
 HIDDEN = 32

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from export.contract.bundle import Decoding, SpecialTokens
 from export.contract.styles.masked_diffusion import MaskedDiffusionSettings
+from export.families import FAMILIES
+from export.families.dense import DenseConfig
 from export.host.eager import eager_engine
-from export.models import FAMILIES, stage_model
-from export.models.dense_decoder import DenseConfig, DenseLayers, build_layers
+from export.models import stage_model
+from export.models.dense_decoder import DenseLayers, build_layers
 from export.models.staging import StagedModel, block_layers_stage
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError, InputError
@@ -34,11 +36,7 @@ CONTEXT, PREFILL = 64, 24
 def make_layers(folder: Path, prefill_length: int = PREFILL) -> DenseLayers:
     checkpoint = open_checkpoint(folder)
     config = DenseConfig.from_checkpoint_config(checkpoint.config)
-    layers, notes = build_layers(
-        checkpoint, config, maximum_context=CONTEXT, prefill_length=prefill_length
-    )
-    assert notes == []
-    return layers
+    return build_layers(checkpoint, config, maximum_context=CONTEXT, prefill_length=prefill_length)
 
 
 def run(layers: Any, tokens: Tensor, start: int, block_length: int) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
+from export.families.diffusion_gemma import DiffusionGemmaConfig
 from export.families.expert_choice import choose_expert_computation
-from export.models.diffusion_gemma import build_layers
-from quantize.checkpoint import open_checkpoint
+from export.models import stage_model
+from export.models.diffusion_gemma import DiffusionGemmaLayers, build_layers
+from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import CheckpointError
 from tests.support import hf_reference
 
@@ -49,6 +52,14 @@ CASES = {
 CANVAS, CONTEXT, PROMPT = 16, 96, 37
 
 
+def build(
+    checkpoint: Checkpoint, computation: Literal["dense", "gather"] = "dense"
+) -> DiffusionGemmaLayers:
+    """The layers of a checkpoint."""
+    config = DiffusionGemmaConfig.from_checkpoint_config(checkpoint.config)
+    return build_layers(checkpoint, config, maximum_context=CONTEXT, computation=computation)
+
+
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     """The reference's head on our hidden states: parity of the layers alone."""
     cap = model.final_logit_softcapping
@@ -79,8 +90,8 @@ def test_hidden_states_give_the_logits_of_transformers(
     torch.manual_seed(1)
     reference = hf_reference.random_model(hf_reference.tiny_config(CANVAS, **CASES[case]), seed=3)
     checkpoint = open_checkpoint(hf_reference.save(reference, tmp_path / "hf"))
-    layers, notes = build_layers(checkpoint, maximum_context=CONTEXT, computation=computation)
-    assert any("vision" in note for note in notes)
+    layers = build(checkpoint, computation)
+    assert any("vision" in note for note in stage_model(checkpoint, experts="dense").notes)
     vocabulary, hidden_size = layers.config.vocabulary_size, layers.config.hidden_size
     prompt = torch.randint(0, vocabulary, (1, PROMPT))
     worst = 0.0
@@ -124,7 +135,7 @@ def test_every_tensor_changes_the_result(tmp_path: Path) -> None:
     """A tensor that could be dropped without notice would make the parity test blind to it."""
     reference = hf_reference.random_model(hf_reference.tiny_config(CANVAS), seed=5)
     checkpoint = open_checkpoint(hf_reference.save(reference, tmp_path / "hf"))
-    layers, _ = build_layers(checkpoint, maximum_context=CONTEXT, computation="dense")
+    layers = build(checkpoint)
     prompt = torch.randint(0, layers.config.vocabulary_size, (1, CANVAS))
     signal = torch.randn(1, CANVAS, layers.config.hidden_size)
 
@@ -183,5 +194,5 @@ def test_a_config_that_does_not_fit_is_refused_by_name(
         target = checkpoint.config[section[0]] if section else checkpoint.config
         target[leaf] = value
     with pytest.raises(CheckpointError, match=r"config\.json") as error:
-        build_layers(checkpoint, maximum_context=CONTEXT, computation="dense")
+        build(checkpoint)
     assert sentence in str(error.value)

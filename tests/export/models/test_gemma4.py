@@ -17,12 +17,10 @@ from transformers import (
 )
 
 from export.backends import lower_stage
+from export.families import gemma4
 from export.host.eager import eager_engine
 from export.models import stage_model
-from export.models.gemma4 import (
-    Gemma4Layers,
-    build_layers,
-)
+from export.models.gemma4 import Gemma4Layers, build_layers
 from export.models.staging import StagedModel, block_layers_stage
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError
@@ -150,7 +148,9 @@ def logits_of(model: Gemma4ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
 
 def build(folder: Path) -> Gemma4Layers:
     """The layers of a checkpoint folder."""
-    return build_layers(open_checkpoint(folder), maximum_context=CONTEXT, prefill_length=PREFILL)[0]
+    checkpoint = open_checkpoint(folder)
+    config = gemma4.Gemma4Config.from_checkpoint_config(checkpoint.config)
+    return build_layers(checkpoint, config, maximum_context=CONTEXT, prefill_length=PREFILL)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,10 +183,8 @@ def test_released_spelling_of_the_config_and_the_wrapped_checkpoint(
         "num_global_key_value_heads": CASES[case].get("num_global_key_value_heads"),
     }
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    layers, notes = build_layers(
-        open_checkpoint(tmp_path), maximum_context=CONTEXT, prefill_length=PREFILL
-    )
-    assert [note for note in notes if "vision" in note] == notes
+    layers, notes = build(tmp_path), staged(tmp_path).notes
+    assert notes and [note for note in notes if "vision" in note] == list(notes)
     tokens = torch.randint(0, VOCABULARY, (1, 20))
     with torch.no_grad():
         expected = reference(input_ids=tokens, use_cache=False).logits
@@ -447,7 +445,8 @@ def test_a_config_that_does_not_fit_is_refused_by_name(
     checkpoint = open_checkpoint(tmp_path)
     checkpoint.config.update(change)
     with pytest.raises(CheckpointError, match=r"config\.json") as error:
-        build_layers(checkpoint, maximum_context=CONTEXT, prefill_length=PREFILL)
+        config = gemma4.Gemma4Config.from_checkpoint_config(checkpoint.config)
+        build_layers(checkpoint, config, maximum_context=CONTEXT, prefill_length=PREFILL)
     assert sentence in str(error.value)
 
 

@@ -16,7 +16,6 @@ from export.contract.bundle import Call
 from export.host.eager import eager_engine, eager_stages
 from export.host.stages import LoadedStages
 from export.models import stage_model
-from export.models.hrm_text import build_modules
 from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import CheckpointError
@@ -375,4 +374,4 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         tmp_path / "hf", {n: checkpoint.get(n) for n in checkpoint.names() if n != missing}
     )
     with pytest.raises(CheckpointError, match=missing):
-        build_modules(open_checkpoint(tmp_path / "hf"), maximum_context=8, prefill_length=8)
+        stage(open_checkpoint(tmp_path / "hf"), maximum_context=8)

@@ -34,7 +34,8 @@ def _dense_config() -> dict[str, Any]:
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 96,
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 32,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "tie_word_embeddings": False, "initializer_range": 0.05,
+        "tie_word_embeddings": False, "initializer_range": 0.05, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
     }  # fmt: skip
 
 

@@ -1,0 +1,124 @@
+"""What the files of a checkpoint say of its model: the type that every family returns.
+
+`export.plan` reads its shape, `export.models` builds graphs from its config; weights are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from export.contract.bundle import Call, Decoding, Sampler
+from export.contract.styles import Style
+from export.families.shapes import ModelShape
+from export.families.tokens import TokenNames
+from quantize.errors import CheckpointError, InputError
+
+Config = TypeVar("Config", covariant=True)
+
+TRUNCATION = ("top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class PlainFiles:
+    """`ModelFiles` of a model without a folder, or of one whose weights are not needed."""
+
+    folder: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Description(Generic[Config]):
+    """A model, all but its weights.
+
+    config: of the family's own type; what its graphs are built from. sampler: with the defaults of
+    all settings. shift, bidirectional_prompt, schedule: as in a bundle's manifest. notes: sentences
+    for the user.
+    """
+
+    config: Config
+    shape: ModelShape
+    sampler: Sampler
+    shift: int = 1
+    bidirectional_prompt: bool = False
+    schedule: tuple[Call, ...] = ()
+    tokens: TokenNames = field(default_factory=TokenNames)
+    notes: tuple[str, ...] = ()
+
+    def decoding(self, mask_token: int | None) -> Decoding | None:
+        """How a host uses the layers; None for a style whose passes are all of one length."""
+        shape = self.shape
+        if shape.style.has_fixed_rows:
+            return None
+        return Decoding(
+            prefill_length=shape.prefill_length(shape.default_context),
+            block_length=shape.block_length,
+            shift=self.shift,
+            mask_token=mask_token,
+            bidirectional_prompt=self.bidirectional_prompt,
+        )
+
+
+def context_of(asked: int | None, *, default: int, largest: int, least: int, block: int = 1) -> int:
+    """Positions of the KV cache: those asked for, or the default in whole blocks.
+
+    least: what a canvas, or a prompt and an answer, take. Raises CheckpointError for a number that
+    cannot be.
+    """
+    if asked is None:
+        context = min(default, largest) // block * block
+        if context < least:
+            raise CheckpointError(
+                f"config.json allows {largest} positions, fewer than one block of {least}; correct "
+                "the block length or the number of positions"
+            )
+        return context
+    if asked > largest:
+        raise CheckpointError(
+            f"maximum context {asked} exceeds the {largest} positions of config.json; "
+            "give at most that"
+        )
+    if asked % block:
+        raise CheckpointError(
+            f"maximum context {asked} is not a whole number of blocks of {block}; "
+            f"give a multiple of {block}"
+        )
+    if asked < least:
+        raise CheckpointError(f"maximum context {asked} holds no answer; give at least {least}")
+    return asked
+
+
+def sampler_of(style: Style, found: Mapping[str, Any]) -> Sampler:
+    """The style's sampler with all its settings; those `found` replace defaults, None leaves them.
+
+    Raises CheckpointError for a value that cannot be.
+    """
+    try:
+        settings = style.settings(**{k: v for k, v in found.items() if v is not None})
+    except (InputError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"generation_config.json has sampler settings that cannot be used: {error}"
+        ) from error
+    return Sampler(style.sampler, asdict(settings))
+
+
+def autoregressive_sampler(style: Style, generation_config: Mapping[str, Any]) -> Sampler:
+    """Temperature, top_p and top_k of `generate()`: greedy unless the checkpoint says `do_sample`.
+
+    transformers' own defaults are 1.0, 1.0 and, oddly, 50; a top_k that is not stated is off here.
+    """
+    found: dict[str, Any] = {}
+    if generation_config.get("do_sample"):
+        found = {name: generation_config.get(name) for name in ("temperature", *TRUNCATION)}
+        if found["temperature"] is None:
+            found["temperature"] = 1.0
+    return sampler_of(style, found)
+
+
+def truncates(sampler: Sampler) -> bool:
+    """Whether a sampler's settings use top-p or top-k."""
+    settings = sampler.settings
+    return settings.get("top_p", 1.0) < 1.0 or settings.get("top_k", 0) > 0
