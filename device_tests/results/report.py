@@ -82,7 +82,7 @@ def _metrics(group: Group) -> Table:
         for found in group.quantities
         if found.median is not None
     ]
-    return Table(("metric", "median", "p5 to p95", "runs", "failed"), rows, "lrrlr")
+    return Table(("metric", "median", "p5 to p95", "runs", "failed"), rows, "lrrrr")
 
 
 def _forecast(forecast: Forecast) -> Table:
