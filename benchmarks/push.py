@@ -38,7 +38,8 @@ from device_tests.adb import server as adb_server
 from device_tests.adb.transport import Transport
 from device_tests.bench.deploy import CHUNK_BYTES, deploy
 from device_tests.bench.inventory import clean
-from device_tests.local.device import CACHE_VARIABLE, LocalDevice, cache_folder
+from device_tests.local.adbd import CACHE_VARIABLE, cache_folder
+from device_tests.local.device import LocalDevice
 from device_tests.remote.shell import DEVICE_ROOT
 from export.contract.bundle import (
     Bundle,

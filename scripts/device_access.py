@@ -37,7 +37,8 @@ def connected_device(
 @contextmanager
 def _local_device() -> Iterator[str]:
     """The serial of the local device: the one that runs already, or one for the block."""
-    from device_tests.local.device import LocalDevice, cache_folder, kept
+    from device_tests.local.adbd import cache_folder
+    from device_tests.local.device import LocalDevice, kept
 
     folder = cache_folder() / "device"
     running = kept(folder)

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from device_tests.local.device import LocalDevice, cache_folder, kept
+from device_tests.local.adbd import cache_folder
+from device_tests.local.device import LocalDevice, kept
 from quantize.errors import DeviceError
 from scripts.commands import run_command
 from scripts.console import out_console

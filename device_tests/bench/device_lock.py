@@ -19,6 +19,7 @@ from types import TracebackType
 from device_tests.adb.transport import ShellResult, Transport
 from device_tests.bench.remote_run import RemoteRun
 from device_tests.errors import DeviceBusy
+from device_tests.processes import start_ticks
 from device_tests.remote.retry import retry_while_gone
 from device_tests.remote.shell import DEVICE_ROOT, excerpt, quote, run_checked
 from quantize.errors import DeviceError
@@ -66,14 +67,14 @@ class Process:
     @classmethod
     def this(cls) -> Process:
         """The one that runs now."""
-        return cls(_machine(), os.getpid(), _started(os.getpid()) or "")
+        return cls(_machine(), os.getpid(), str(start_ticks(os.getpid()) or ""))
 
     @property
     def is_dead(self) -> bool:
         """Whether it ran on this machine and has ended; False if that cannot be known."""
         if not self.machine or not self.started or self.machine != _machine():
             return False
-        return _started(self.pid) != self.started
+        return str(start_ticks(self.pid)) != self.started
 
 
 @dataclass(frozen=True)
@@ -287,12 +288,3 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-
-
-def _started(pid: int) -> str | None:
-    """When the process `pid` of this machine began, in clock ticks; None if it is not there."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if fields[0] == "Z" else fields[19]

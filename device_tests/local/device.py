@@ -4,264 +4,37 @@ Stands in for a phone where there is none; it looks like one to adb (its own /da
 outlive the connection, a reboot with another boot id), and shows this machine's other files
 read-only, so that the Linux runner is there. It asks no key: whoever can open a socket on this
 machine's loopback can use it, with the rights of the user who started it. Its tree is laid out by
-`local_init`.
+`init`.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import platform
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from device_tests.errors import DeviceNotFound
+from device_tests.local.adbd import Adbd, LocalDeviceUnavailable, adbd
+from device_tests.local.memory_limit import make_cgroup, remove_cgroup
+from device_tests.processes import start_ticks
 from quantize.errors import DeviceError
 
-CACHE_VARIABLE = "POCKETDIFF_CACHE"
-REQUIRE_VARIABLE = "POCKETDIFF_REQUIRE_DEVICE"
 STATE_FILE = "device.json"
-DEBIAN_SUITE = "trixie"
-"""The first Debian release with a package `adbd`; its C library comes with it."""
-
 _HERE = Path(__file__).parent
 _REPOSITORY = _HERE.parents[1]
 _START_S = 20.0
 _STOP_S = 10.0
 _PORT_ATTEMPTS = 5
-
-
-class LocalDeviceUnavailable(DeviceError):
-    """This machine cannot run the local device, or not without a download that failed."""
-
-
-def cache_folder() -> Path:
-    """Where the download is kept: $POCKETDIFF_CACHE, else pocket-diffusion in the user's cache."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pocket-diffusion"
-
-
-@dataclass(frozen=True)
-class Adbd:
-    """The unpacked packages and the library to preload."""
-
-    folder: Path
-    preload: Path
-
-    def command(self, at: Path) -> list[str]:
-        """How to start it when `folder` is visible as `at`."""
-        loader = _only(self.folder, ("usr/lib*/ld-linux*.so.*", "usr/lib/*/ld-linux*.so.*"))
-        android = _only(self.folder, ("usr/lib/*/android",))
-        program = "usr/lib/android-sdk/platform-tools/adbd"
-        libraries = [
-            at / android.parent.relative_to(self.folder),
-            at / android.relative_to(self.folder),
-        ]
-        return [
-            str(at / loader.relative_to(self.folder)),
-            *("--preload", str(at / self.preload.relative_to(self.folder))),
-            *("--library-path", ":".join(map(str, libraries))),
-            str(at / program),
-        ]
-
-
-def _only(folder: Path, patterns: Sequence[str]) -> Path:
-    for pattern in patterns:
-        for found in sorted(folder.glob(pattern)):
-            return found
-    raise LocalDeviceUnavailable(
-        f"the packages of adbd in {folder} have no {patterns[0]}; remove that folder and try again"
-    )
-
-
-def _run(command: Sequence[str], what: str, **options: object) -> str:
-    """Standard output of a host command; its failure is a sentence with the last line it said."""
-    try:
-        done = subprocess.run(  # type: ignore[call-overload]
-            command, capture_output=True, text=True, timeout=600, check=False, **options
-        )
-    except FileNotFoundError:
-        raise LocalDeviceUnavailable(
-            f"the local device needs {command[0]} to {what}, and this machine has none"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise LocalDeviceUnavailable(
-            f"{command[0]} did not {what} within 10 minutes; look at the network and try again"
-        ) from None
-    if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
-        raise LocalDeviceUnavailable(f"{command[0]} could not {what}: {said[-1].strip()}")
-    return done.stdout
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A repository of signed packages that has adbd."""
-
-    uri: str
-    suite: str
-    components: str
-    keyring: str
-
-
-def _source() -> _Source:
-    """The mirror that this system's own apt takes, with the suite that has adbd."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise LocalDeviceUnavailable(
-            "the local device takes Debian's adbd through apt, and this system has no apt; use a "
-            "Debian or Ubuntu system, or a real device"
-        )
-    listed = _run(
-        [
-            *("apt-get", "indextargets", "--no-release-info", "Created-By: Packages"),
-            *("--format", "$(REPO_URI)|$(RELEASE)"),
-        ],
-        "list its repositories",
-    )
-    system = platform.freedesktop_os_release().get("ID", "?")
-    codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "?")
-    suites = {"debian": (DEBIAN_SUITE, "main"), "ubuntu": (codename, "main universe")}
-    if system not in suites:
-        raise LocalDeviceUnavailable(
-            f"the local device takes adbd from Debian or Ubuntu, and this system is {system!r}"
-        )
-    suite, components = suites[system]
-    keyring = f"/usr/share/keyrings/{system}-archive-keyring.gpg"
-    for line in listed.splitlines():
-        uri, _, release = line.partition("|")
-        if release == codename and Path(keyring).exists():
-            return _Source(uri, suite, components, keyring)
-    raise LocalDeviceUnavailable(
-        f"apt lists no repository of {codename!r} with a keyring {keyring}; the local device needs "
-        "both to fetch adbd"
-    )
-
-
-def _apt_configuration(folder: Path, source: _Source, architecture: str) -> Path:
-    """An apt of its own in `folder`: knows only `source`, and no installed package."""
-    for name in ("etc", "lists/partial", "archives/partial"):
-        (folder / name).mkdir(parents=True)
-    (folder / "status").touch()
-    (folder / "sources.list").write_text(
-        f"deb [signed-by={source.keyring}] {source.uri} {source.suite} {source.components}\n"
-    )
-    network = ("Acquire::http", "Acquire::https", "Acquire::Check-", "Acquire::Retries")
-    dump = _run(["apt-config", "dump", "Acquire"], "say its settings")
-    lines = [line for line in dump.splitlines() if line.startswith(network)]
-    lines += [
-        f'Dir::State "{folder}";',
-        f'Dir::State::lists "{folder}/lists";',
-        f'Dir::State::status "{folder}/status";',
-        f'Dir::Cache "{folder}";',
-        f'Dir::Cache::archives "{folder}/archives";',
-        f'Dir::Etc::sourcelist "{folder}/sources.list";',
-        'Dir::Etc::sourceparts "-";',
-        f'Dir::Etc::parts "{folder}/etc";',
-        'Dir::Etc::preferences "-";',
-        'Dir::Etc::preferencesparts "-";',
-        f'APT::Architecture "{architecture}";',
-        f'APT::Architectures {{ "{architecture}"; }};',
-        'APT::Install-Recommends "false";',
-        'APT::Sandbox::User "";',
-        'Acquire::Languages "none";',
-        'Acquire::AllowInsecureRepositories "false";',
-    ]
-    path = folder / "apt.conf"
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def _download(destination: Path) -> None:
-    """Fetch adbd and what it needs, signatures verified by apt, and unpack it as `destination`."""
-    source = _source()
-    architecture = _run(["dpkg", "--print-architecture"], "say the architecture").strip()
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix="adbd-") as work:
-        configuration = _apt_configuration(Path(work) / "apt", source, architecture)
-        environment = os.environ | {"APT_CONFIG": str(configuration), "LC_ALL": "C"}
-        where = f"fetch adbd of {source.suite} from {source.uri}"
-        _run(["apt-get", "-q", "update"], where, env=environment)
-        _run(["apt-get", "-qy", "install", "--download-only", "adbd"], where, env=environment)
-        unpacked = Path(work) / "unpacked"
-        for package in sorted((Path(work) / "apt/archives").glob("*.deb")):
-            _run(["dpkg-deb", "-x", str(package), str(unpacked)], "unpack a package")
-        _take_place(unpacked, destination)
-
-
-def _take_place(made: Path, destination: Path) -> None:
-    """Rename; another process that was faster has made the same."""
-    try:
-        made.rename(destination)
-    except OSError:
-        if not destination.exists():
-            raise
-
-
-def _compile(destination: Path) -> None:
-    """Build the library that keeps adbd on loopback."""
-    compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
-    if compiler is None:
-        raise LocalDeviceUnavailable(
-            "the local device needs a C compiler (cc, gcc or clang), and this machine has none"
-        )
-    made = destination.with_suffix(f".{os.getpid()}")
-    _run(
-        [
-            *(compiler, "-shared", "-fPIC", "-O2", "-Wall", "-Werror"),
-            *("-o", str(made), str(_HERE / "bind_loopback.c")),
-        ],
-        "build the library that keeps adbd on loopback",
-    )
-    made.replace(destination)
-
-
-def adbd() -> Adbd:
-    """The program, from the cache or fetched (8 MB) into it.
-
-    Raises LocalDeviceUnavailable with what is missing.
-    """
-    if sys.platform != "linux":
-        raise LocalDeviceUnavailable(f"the local device needs Linux, and this is {sys.platform}")
-    folder = cache_folder() / f"adbd-{DEBIAN_SUITE}-{platform.machine()}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
-            _download(folder)
-        source = hashlib.sha256((_HERE / "bind_loopback.c").read_bytes()).hexdigest()
-        preload = folder / f"bind_loopback-{source[:16]}.so"
-        if not preload.exists():
-            _compile(preload)
-    except OSError as error:
-        raise LocalDeviceUnavailable(
-            f"the download of the local device cannot be kept in {folder}: {error}; set "
-            f"{CACHE_VARIABLE} to a folder that can be written"
-        ) from error
-    return Adbd(folder, preload)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class LocalDevice:
@@ -352,7 +125,7 @@ class LocalDevice:
                 process.stdin.close()
             process.wait(_STOP_S)
         if self._cgroup is not None:
-            _remove_cgroup(self._cgroup)
+            remove_cgroup(self._cgroup)
             self._cgroup = None
 
     def restart(self) -> None:
@@ -419,7 +192,7 @@ class LocalDevice:
             *(sys.executable, "-I", "-S", str(_HERE / "init.py"), json.dumps(settings)),
         ]
         if self._memory_bytes is not None:
-            self._cgroup = _make_cgroup(self._memory_bytes)
+            self._cgroup = make_cgroup(self._memory_bytes)
             # The shell enters the group before anything of the device exists.
             enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
             command = ["sh", "-c", enter, str(self._cgroup), *command]
@@ -447,7 +220,7 @@ class LocalDevice:
         return False
 
     def _note_kept(self) -> None:
-        state = {"pid": self.pid, "started": _start_ticks(self.pid), "port": self.port}
+        state = {"pid": self.pid, "started": start_ticks(self.pid), "port": self.port}
         (self.folder / STATE_FILE).write_text(json.dumps(state))
 
     def _log_tail(self) -> str:
@@ -471,7 +244,7 @@ class KeptDevice:
         """End it."""
         _end(self.pid)
         give_up = time.monotonic() + _STOP_S
-        while _start_ticks(self.pid) is not None:
+        while start_ticks(self.pid) is not None:
             if time.monotonic() > give_up:
                 raise DeviceError(f"the local device (process {self.pid}) did not end; kill it")
             time.sleep(0.01)
@@ -481,20 +254,23 @@ def kept(folder: str | Path) -> KeptDevice | None:
     """The device kept in `folder`, or None if none runs."""
     try:
         state = json.loads((Path(folder) / STATE_FILE).read_bytes())
-        running = _start_ticks(state["pid"])
+        running = start_ticks(state["pid"])
         same = running is not None and running == state["started"]
         return KeptDevice(state["pid"], state["port"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _start_ticks(pid: int) -> int | None:
-    """When the process `pid` began, in clock ticks; None if it is not there or dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _hidden_by_own_folders() -> list[str]:
@@ -513,47 +289,3 @@ def _end(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):
         pass
-
-
-def _memory_cgroup() -> Path:
-    """The folder of this process's memory cgroup, version 1."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            for mount in Path("/proc/self/mountinfo").read_text().splitlines():
-                fields = mount.split()
-                kind, _, options = fields[fields.index("-") + 1 :]
-                if kind == "cgroup" and "memory" in options.split(","):
-                    return Path(fields[4]) / group.lstrip("/")
-    raise LocalDeviceUnavailable(
-        "a memory limit of the local device needs a memory cgroup of version 1, and this system "
-        "has none; leave memory_bytes out"
-    )
-
-
-def _make_cgroup(limit_bytes: int) -> Path:
-    folder = _memory_cgroup() / f"pocketdiff-{uuid.uuid4().hex[:12]}"
-    try:
-        folder.mkdir()
-        (folder / "memory.limit_in_bytes").write_text(str(limit_bytes))
-    except OSError as error:
-        raise LocalDeviceUnavailable(
-            f"the memory limit of the local device cannot be set in {folder}: {error.strerror}; be "
-            "root or leave memory_bytes out"
-        ) from error
-    return folder
-
-
-def _remove_cgroup(folder: Path) -> None:
-    """The group empties when the last process is gone, a moment after the first."""
-    give_up = time.monotonic() + _STOP_S
-    while True:
-        try:
-            folder.rmdir()
-            return
-        except FileNotFoundError:
-            return
-        except OSError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.01)

@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from device_tests.local.device import (
-    REQUIRE_VARIABLE,
-    LocalDevice,
-    LocalDeviceUnavailable,
-    adbd,
-)
+from device_tests.local.adbd import LocalDeviceUnavailable, adbd
+from device_tests.local.device import LocalDevice
 
+REQUIRE_VARIABLE = "POCKETDIFF_REQUIRE_DEVICE"
 MakeLocalDevice = Callable[..., LocalDevice]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from device_tests.adb import server as adb_server
 from device_tests.adb.server import ServerAddress
-from device_tests.local.device import CACHE_VARIABLE, cache_folder
+from device_tests.local.adbd import CACHE_VARIABLE, cache_folder
 
 
 def _free_port() -> int:

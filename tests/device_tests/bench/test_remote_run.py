@@ -30,7 +30,8 @@ from device_tests.bench.remote_run import Interrupted, RunOutcome, Sample, start
 from device_tests.bench.run_folder import RUNS_FOLDER, parse_poll
 from device_tests.bench.runner import LinuxRunner, choose_runner
 from device_tests.errors import DeviceError, DeviceGone, ProtocolError, StorageFull
-from device_tests.local.device import LocalDevice, LocalDeviceUnavailable
+from device_tests.local.adbd import LocalDeviceUnavailable
+from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import MakeLocalDevice
 from device_tests.remote.retry import retry_while_gone
 from device_tests.results.records import REASONS

@@ -13,13 +13,9 @@ from pathlib import Path
 import pytest
 from adb_shell.adb_device import AdbDeviceTcp
 
-from device_tests.local import device as module
-from device_tests.local.device import (
-    KeptDevice,
-    LocalDevice,
-    LocalDeviceUnavailable,
-    kept,
-)
+from device_tests.local import adbd, memory_limit
+from device_tests.local.adbd import LocalDeviceUnavailable
+from device_tests.local.device import KeptDevice, LocalDevice, kept
 from device_tests.local.fixture import MakeLocalDevice
 
 REPOSITORY = Path(__file__).parents[3]
@@ -218,7 +214,7 @@ def test_over_its_memory_the_kernel_kills_the_largest(
     assert "exit 137" in said
     assert int(say(device, count)) > before
     device.stop()
-    assert not list(module._memory_cgroup().glob("pocketdiff-*"))
+    assert not list(memory_limit._memory_cgroup().glob("pocketdiff-*"))
 
 
 def test_unsigned_packages_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,21 +226,21 @@ def test_unsigned_packages_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "mirror/dists/any/Release").write_text("Suite: any\nComponents: main\n")
     keyring = tmp_path / "none.gpg"
     keyring.write_bytes(b"")
-    source = module._Source(f"file:{tmp_path}/mirror", "any", "main", str(keyring))
-    monkeypatch.setattr(module, "_source", lambda: source)
-    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "cache"))
+    source = adbd._Source(f"file:{tmp_path}/mirror", "any", "main", str(keyring))
+    monkeypatch.setattr(adbd, "_source", lambda: source)
+    monkeypatch.setenv(adbd.CACHE_VARIABLE, str(tmp_path / "cache"))
     with pytest.raises(LocalDeviceUnavailable, match="not signed"):
-        module.adbd()
+        adbd.adbd()
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(adbd.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LocalDeviceUnavailable, match="has no apt"):
-        module.adbd()
+        adbd.adbd()
     with pytest.raises(LocalDeviceUnavailable, match="C compiler"):
-        module._compile(tmp_path / "library.so")
+        adbd._compile(tmp_path / "library.so")
 
 
 @pytest.mark.usefixtures("local_adbd")
