@@ -1,4 +1,4 @@
-"""The measurement protocol on the real adbd: what is run, waited for, recorded and resumed."""
+"""The measurement protocol on the real adbd: what is run, recorded and resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,40 +15,19 @@ from device_tests.adb.server import ServerAddress, open_server
 from device_tests.adb.transport import Transport
 from device_tests.bench.deploy import deploy
 from device_tests.bench.device_lock import DeviceLock, holder
-from device_tests.bench.events import (
-    BenchEvent,
-    BenchOutcome,
-    BenchStarted,
-    GateWaiting,
-    RunEnded,
-    RunProgress,
-    RunStarted,
-)
+from device_tests.bench.events import BenchEvent, BenchStarted, RunEnded, RunProgress, RunStarted
 from device_tests.bench.measurement import bench
 from device_tests.bench.plan import BenchPlan
 from device_tests.bench.run_folder import RUNS_FOLDER
 from device_tests.bench.runner import LinuxRunner
-from device_tests.bench.workload import prepare, random_prompt, workload
 from device_tests.errors import DeviceBusy
 from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import MakeLocalDevice
 from device_tests.results import records
 from device_tests.results.metrics import METRICS
-from export.contract.bundle import (
-    Bundle,
-    ModelInfo,
-    SpecialTokens,
-    TokenizerInfo,
-    open_bundle,
-    write_bundle,
-)
-from export.host.bundle_engine import open_engine
-from export.host.evaluation import evaluate
-from export.host.puzzles import held_out
-from export.host.tokenizer import open_tokenizer
-from quantize.errors import InputError, OutputError
-from tests.conftest import DEMO_MODEL
-from tests.support import small_systems, toy_model
+from export.contract.bundle import Bundle, open_bundle
+from quantize.errors import OutputError
+from tests.support import small_systems
 from tests.support.bench_tools import (
     DEPLOYMENT,
     QUICK,
@@ -58,188 +37,6 @@ from tests.support.bench_tools import (
     processes_of,
     wait_for,
 )
-from tests.support.record_samples import ANSWER
-
-
-@pytest.fixture
-def transport(local_device: LocalDevice) -> Iterator[Transport]:
-    with connect(local_device) as transport:
-        yield transport
-        transport.shell(f"rm -rf {RUNS_FOLDER}")
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    """A bundle that only scripted runners could run."""
-    return write_bundle(
-        tmp_path / "bundle",
-        toy_model.manifest(tokenizer=TokenizerInfo("t.json", None)),
-        {"layers.pte": b"layers", "head.pte": b"head", "t.json": b"{}"},
-    )
-
-
-@pytest.fixture
-def run_bench(transport: Transport, bundle: Bundle, tmp_path: Path) -> Callable[..., BenchOutcome]:
-    """A bench with scripted runs; records go to results.jsonl."""
-
-    def run(plan: BenchPlan, runner: object = None, **options: object) -> BenchOutcome:
-        options = {"transport": transport} | options
-        return bench(
-            options.pop("transport"), bundle, DEPLOYMENT, runner or Scripted(), plan,
-            tmp_path / "results.jsonl", **options,
-        )  # fmt: skip
-
-    return run
-
-
-# The plan.
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"passes": {"fast": 1}}, "no pass 'fast'"),
-        ({"passes": {"speed": -1}}, "repeats of the pass speed is -1"),
-        ({"passes": {"speed": 0}}, "no run"),
-        ({"threads": ()}, "threads"),
-        ({"threads": (2, 2)}, "once"),
-        ({"threads": (0,)}, "threads is 0"),
-        ({"threads": (True,)}, "threads is True"),
-        ({"prompt_text": " "}, "prompt_text is empty"),
-        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
-        ({"canvases": 0}, "canvases is 0"),
-        ({"force_steps": 1.5}, "force_steps is 1.5"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**64}, "seed is"),
-        ({"max_temperature_c": float("nan")}, "max_temperature_c is nan"),
-        ({"gate_timeout_s": -1}, "gate_timeout_s is -1"),
-        ({"poll_s": 0}, "poll_s is 0"),
-        ({"hang_s": "60"}, "hang_s is '60'"),
-        ({"memory_interval_ms": 0}, "memory_interval_ms is 0"),
-        ({"memory_limit_bytes": 0}, "memory_limit_bytes is 0"),
-        ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
-        ({"puzzles": 0}, "puzzles is 0"),
-        ({"passes": {"puzzles": 1}}, "say how many"),
-    ],
-)
-def test_a_plan_that_cannot_be_is_refused_by_name(change: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        BenchPlan(**change)
-
-
-# Puzzles.
-
-
-@pytest.fixture(scope="module")
-def puzzle_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle that only scripted runners could run, with a tokenizer that can write puzzles."""
-    info = ModelInfo("toy", "toy", 64, 8, 6, 60)
-    special = SpecialTokens(eos=(1, 5), pad=0, bos=2)
-    manifest = toy_model.manifest(
-        info, tokenizer=TokenizerInfo("t.json", None), special_tokens=special
-    )
-    tokenizer = (DEMO_MODEL / "tokenizer.json").read_bytes()
-    files = {"layers.pte": b"layers", "head.pte": b"head", "t.json": tokenizer}
-    return write_bundle(tmp_path_factory.mktemp("puzzles") / "bundle", manifest, files)
-
-
-def test_puzzles_are_asked_only_if_their_number_is_given(puzzle_bundle: Bundle) -> None:
-    assert BenchPlan().passes.get("puzzles", 0) == 0
-    assert BenchPlan(puzzles=2).passes["puzzles"] == 3
-    assert prepare(BenchPlan(), puzzle_bundle)[1] == ()
-    workloads, puzzles = prepare(BenchPlan(puzzles=2, seed=4), puzzle_bundle)
-    assert puzzles == tuple(held_out(2, 4)) and len(puzzles) == 6
-    # A sudoku's answer and the end token are twenty tokens: four canvases of six.
-    asked = workloads["puzzles"]
-    assert (asked["max_new_tokens"], asked["puzzles"], asked["force_steps"]) == (24, 2, None)
-    assert "puzzles" not in workloads["speed"], "as before there was such a pass"
-
-
-def test_puzzles_for_a_bundle_that_cannot_write_them_are_refused(
-    tmp_path: Path, toy_bundle: Path
-) -> None:
-    files = {"layers.pte": b"layers", "head.pte": b"head"}
-    bare = write_bundle(tmp_path / "bare", toy_model.manifest(), files)
-    with pytest.raises(InputError, match=r"without a tokenizer.*leave out --puzzles"):
-        prepare(BenchPlan(puzzles=1), bare)
-    with pytest.raises(InputError, match=r"no token for '[0-9]'"):
-        prepare(BenchPlan(puzzles=1), open_bundle(toy_bundle))
-
-
-def test_puzzles_are_one_run_and_graded_here(
-    transport: Transport, puzzle_bundle: Bundle, tmp_path: Path
-) -> None:
-    plan = BenchPlan(passes={"puzzles": 1}, puzzles=2, **QUICK)
-    texts = [f" {puzzle.answer}\n" for puzzle in held_out(2, 0)]
-    texts[-1] = texts[-1].strip() + "0"
-
-    def run(texts: list[str], name: str) -> dict:
-        answers = [ANSWER | {"text": text} for text in texts]
-        runner = Scripted(changes={"answers": answers})
-        file = tmp_path / name
-        bench(transport, puzzle_bundle, DEPLOYMENT, runner, plan, file)
-        (record,) = records.read(file)
-        return record
-
-    record = run(texts, "ok.jsonl")
-    assert record["status"] == "ok" and record["schema_version"] == 4
-    assert [puzzle["is_exact"] for puzzle in record["puzzles"]] == [True] * 5 + [False]
-    assert record["metrics"]["exact_match"] == 5 / 6
-    assert record["metrics"]["exact_match_sort"] == 1
-    assert record["metrics"]["answer_ms"] == 80
-    failed = run(texts[:-1], "few.jsonl")
-    assert failed["failure"]["reason"] == "internal" and "puzzles" not in failed
-    assert "5 answers to 6 puzzles" in failed["failure"]["sentence"]
-
-
-@pytest.mark.slow
-def test_the_device_and_evaluate_say_the_same_of_a_bundle(
-    transport: Transport, demo_bundle: Bundle, tmp_path: Path
-) -> None:
-    """The demo model on the local device, and in this process with the same puzzles and seeds."""
-    deployment = deploy(transport, demo_bundle)
-    plan = BenchPlan(passes={"puzzles": 1}, puzzles=4, seed=3, threads=(1,), **QUICK)
-    bench(transport, demo_bundle, deployment, LinuxRunner(), plan, tmp_path / "r.jsonl")
-    (record,) = records.read(tmp_path / "r.jsonl")
-    tallies = evaluate(
-        open_engine(demo_bundle, 1), open_tokenizer(demo_bundle), held_out(4, 3), seed=3
-    )
-    for tally in tallies:
-        name = "exact_match" if tally.kind == "all" else f"exact_match_{tally.kind}"
-        assert record["metrics"][name] == tally.exact_match
-    steps = [
-        sum(len(canvas["steps"]) for canvas in answer["canvases"])
-        for answer in record["result"]["answers"]
-    ]
-    assert sum(steps) / len(steps) == tallies[-1].mean_steps
-
-
-def test_passes_differ_in_what_they_ask_for() -> None:
-    manifest = toy_model.manifest(tokenizer=TokenizerInfo("t.json", None))
-    plan = BenchPlan(prompt_text="hello", force_steps=4, canvases=2)
-    speed, natural, cold = (workload(plan, name, manifest) for name in ("speed", "natural", "cold"))
-    assert (speed["force_steps"], natural["force_steps"]) == (4, None)
-    assert (speed["prompt_text"], natural["prompt_text"]) == (None, "hello")
-    assert (speed["prompt_tokens"], natural["prompt_tokens"]) == (28, None)  # 40 - 2 canvases of 6
-    assert speed["max_new_tokens"] == 12
-    assert (speed["warmup_steps"], cold["warmup_steps"]) == (2, 0)
-    without = workload(plan, "natural", toy_model.manifest())
-    assert (without["prompt_text"], without["prompt_tokens"]) == (None, 28)
-
-
-@pytest.mark.parametrize("change", [{"canvases": 7}, {"prompt_tokens": 35}])
-def test_a_plan_that_does_not_fit_the_model_is_refused(change: dict) -> None:
-    with pytest.raises(InputError, match="context of 40"):
-        workload(BenchPlan(**change), "speed", toy_model.manifest())
-
-
-def test_the_random_prompt_has_no_special_token_and_depends_on_the_seed() -> None:
-    manifest = toy_model.manifest()
-    drawn = random_prompt(manifest, 5000, 0)
-    assert set(drawn) == set(range(3, 29))  # every token but <pad>, <eos>, <bos>
-    assert random_prompt(manifest, 50, 0) == drawn[:50]
-    assert random_prompt(manifest, 50, 1) != drawn[:50]
-
 
 # Runs and records.
 
@@ -350,11 +147,18 @@ def test_a_device_that_restarts_costs_one_run(
 
 
 def test_a_results_file_that_cannot_be_is_refused_before_the_first_run(
-    transport: Transport, bundle: Bundle, tmp_path: Path
+    transport: Transport, scripted_bundle: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         plan = BenchPlan(passes={"speed": 1}, **QUICK)
-        bench(transport, bundle, DEPLOYMENT, Scripted(), plan, tmp_path / "no" / "results.jsonl")
+        bench(
+            transport,
+            scripted_bundle,
+            DEPLOYMENT,
+            Scripted(),
+            plan,
+            tmp_path / "no" / "results.jsonl",
+        )
 
 
 # Resume and interruption.
@@ -460,97 +264,6 @@ def test_a_bench_that_lost_its_lock_ends(run_bench: Callable, transport: Transpo
         run_bench(BenchPlan(passes={"speed": 2}, **QUICK), on_event=steal)
     assert holder(transport).bench_id == "thief"
     transport.shell("rm -rf /data/local/tmp/pocketdiff/lock")
-
-
-# The gate.
-
-
-@pytest.fixture
-def thermometer(tmp_path: Path) -> Path:
-    """A thermal zone as sysfs shows it; millidegrees go into the file."""
-    zone = tmp_path / "thermal" / "thermal_zone0"
-    zone.mkdir(parents=True)
-    (zone / "type").write_text("cpu-thermal\n")
-    (zone / "temp").write_text("61500\n")
-    return zone / "temp"
-
-
-@pytest.fixture
-def warm(
-    make_local_device: MakeLocalDevice,
-    thermometer: Path,
-) -> Iterator[Transport]:
-    device = make_local_device(binds={thermometer.parents[1]: "/sys/class/thermal"})
-    with connect(device) as transport:
-        yield transport
-
-
-def test_the_gate_waits_for_the_temperature_and_not_for_a_time(
-    run_bench: Callable, warm: Transport, thermometer: Path
-) -> None:
-    told: list[BenchEvent] = []
-
-    def listen(event: BenchEvent) -> None:
-        told.append(event)
-        waits = [one for one in told if isinstance(one, GateWaiting)]
-        if len(waits) == 2:
-            thermometer.write_text("45000\n")  # not under the threshold
-        if len(waits) == 4:
-            thermometer.write_text("44900\n")
-
-    plan = BenchPlan(passes={"speed": 1}, **QUICK)
-    outcome = run_bench(plan, transport=warm, on_event=listen)
-    waits = [event for event in told if isinstance(event, GateWaiting)]
-    assert [wait.temperature_c for wait in waits] == [61.5, 61.5, 45.0, 45.0]
-    assert waits[0].sensor == "cpu-thermal" and waits[0].threshold_c == 45
-    assert [type(event) for event in told].index(RunStarted) == len(waits) + 1
-    record = outcome.records[0]
-    assert record["status"] == "ok"
-    assert record["gate"] | {"waited_s": 0} == {
-        "threshold_c": 45.0, "sensor": "cpu-thermal", "begin_c": 44.9, "waited_s": 0,
-        "timed_out": False,
-    }  # fmt: skip
-    assert record["gate"]["waited_s"] > 0
-    assert {s["temperature_c"]["cpu-thermal"] for s in record["sensors"]} == {44.9}
-
-
-def test_a_device_that_stays_warm_is_recorded_and_given_up_after_two_runs(
-    run_bench: Callable, warm: Transport
-) -> None:
-    plan = BenchPlan(passes={"speed": 5}, gate_timeout_s=0.2, **QUICK)
-    outcome = run_bench(plan, transport=warm)
-    assert [r["failure"]["reason"] for r in outcome.records] == ["thermal_timeout"] * 2
-    assert "61.5" in outcome.records[0]["failure"]["sentence"]
-    assert outcome.records[0]["gate"]["timed_out"] is True
-    assert outcome.records[0]["sensors"][0]["temperature_c"] == {"cpu-thermal": 61.5}
-    assert "3 of 5 runs were not made" in outcome.ended_early
-
-
-def test_one_time_out_does_not_end_the_bench(
-    run_bench: Callable, warm: Transport, thermometer: Path
-) -> None:
-    def cool(event: BenchEvent) -> None:
-        if isinstance(event, RunEnded):
-            thermometer.write_text("30000\n" if event.number == 1 else "70000\n")
-
-    plan = BenchPlan(passes={"speed": 3}, gate_timeout_s=0.1, **QUICK)
-    outcome = run_bench(plan, transport=warm, on_event=cool)
-    assert [r["status"] for r in outcome.records] == ["failed", "ok", "failed"]
-
-
-def test_a_device_without_a_thermometer_is_recorded_as_such(
-    run_bench: Callable,
-    make_local_device: MakeLocalDevice,
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "empty").mkdir()
-    device = make_local_device(binds={tmp_path / "empty": "/sys/class/thermal"})
-    with connect(device) as transport:
-        plan = BenchPlan(passes={"speed": 1}, max_temperature_c=0, **QUICK)
-        outcome = run_bench(plan, transport=transport)
-    gate = outcome.records[0]["gate"]
-    assert (gate["sensor"], gate["begin_c"], gate["timed_out"]) == (None, None, False)
-    assert outcome.records[0]["status"] == "ok"
 
 
 # Other ways to a device, and other systems on it.
