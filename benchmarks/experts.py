@@ -86,7 +86,7 @@ def _program(work: Path, shape: Shape, form: str) -> Path:
 def _lower(work: Path, shape: Shape, form: str) -> None:
     import torch
 
-    from export.backends.xnnpack.lowering import lower_stage
+    from export.backends import lower_stage
     from export.models.staging import StageModule
 
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def _lower(work: Path, shape: Shape, form: str) -> None:
         mutates_buffers=True,
     )
     start, cpu = time.perf_counter(), time.process_time()
-    lowered = lower_stage(stage)
+    lowered = lower_stage(stage, "xnnpack")
     seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     target = _program(work, shape, form)
     about = {"lowering_s": seconds, "file_mb": lowered.bytes / 2**20}

@@ -85,7 +85,7 @@ def check(checkpoint: Path, bundle: Path, work: Path) -> Iterator[tuple[int, dic
             error, unequal = _compare(passes, ours, module)
             record = {"stage": stage.name, "error": error, "unequal_integers": unequal}
             controlled = any("error_of_the_layer_before" in earlier for earlier in records)
-            if before is not None and not controlled and _same_form(before, module):
+            if before is not None and not controlled and _same_template(before, module):
                 record["error_of_the_layer_before"] = _compare(passes, ours, before)[0]
             record |= {
                 "seconds": round(time.monotonic() - began, 1),
@@ -104,8 +104,10 @@ def check(checkpoint: Path, bundle: Path, work: Path) -> Iterator[tuple[int, dic
         yield len(staged.stages), records[number]
 
 
-def _same_form(one: StageModule, other: StageModule) -> bool:
-    return one.form is not None and other.form is not None and one.form.name == other.form.name
+def _same_template(one: StageModule, other: StageModule) -> bool:
+    if one.template is None or other.template is None:
+        return False
+    return one.template.name == other.template.name
 
 
 def _begin(stages: tuple[StageModule, ...], vocabulary: int, canvas: int) -> list[Named]:
@@ -142,7 +144,7 @@ def _compare(
             if not theirs.is_floating_point():
                 unequal.append((theirs != found[name]).flatten().float())
                 continue
-            work = theirs - named["hidden"] if name == "hidden" and stage.form else theirs
+            work = theirs - named["hidden"] if name == "hidden" and stage.template else theirs
             size = work.flatten(0, -2).norm(dim=-1).clamp_min(1e-9)
             errors.append((found[name] - theirs).flatten(0, -2).norm(dim=-1) / size)
     share = float(torch.cat(unequal).mean()) if unequal else None

@@ -5,15 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from export.backends import LoweredStage, check_backend, lower_stage
-from export.backends.xnnpack.instantiation import Forms
+from export.backends import LoweredStage, find_backend, tensor_spec
 from export.contract.bundle import (
     SCHEMA_VERSION,
     Bundle,
@@ -21,7 +17,6 @@ from export.contract.bundle import (
     Manifest,
     Progress,
     Stage,
-    TensorSpec,
     TokenizerInfo,
     open_bundle,
     parse_stage,
@@ -37,8 +32,8 @@ from quantize.files.journal import work_text
 
 TOOL_CHAIN = ("executorch", "torch", "torchao")
 TOKENIZER_FILE = "tokenizer.json"
-FORMS_FOLDER = ".forms"
-"""Holds the programs that others are stamped from, until the bundle is sealed."""
+TEMPLATES_FOLDER = ".templates"
+"""Holds the programs that others are instantiated from, a folder a backend, until all are there."""
 
 
 def export_bundle(
@@ -65,7 +60,7 @@ def export_bundle(
         experts: how a mixture of experts is computed; `auto` takes the cheaper by estimate.
         truncation: whether top-p and top-k can be set; None: if the checkpoint's settings do.
         layers_per_stage: cut the layers into stages of so many, each with its own program, which
-            are lowered once for each form they have; None: all layers are one stage.
+            are lowered once for each graph they have; None: all layers are one stage.
         backend: one of `export.backends.BACKENDS`.
         progress: called with (done, total, what); the unit is one piece of work.
 
@@ -73,7 +68,7 @@ def export_bundle(
         UserError: a checkpoint, tokenizer, option or destination that cannot be used, an operator
             that did not reach the backend, a full disk.
     """
-    check_backend(backend)
+    lowering = find_backend(backend)
     return_large_blocks()
     checkpoint = open_checkpoint(source)
     tokenizer = tokenizer_files(checkpoint.folder)
@@ -93,7 +88,7 @@ def export_bundle(
         if tokenizer is not None:
             _check_tokenizer(tokenizer, model)
             writer.path(TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())
-        forms = Forms(writer.folder / FORMS_FOLDER, backend)
+        templates = writer.folder / TEMPLATES_FOLDER
         described: dict[str, Stage] = {}
         delegation: dict[str, Delegation] = {}
         for record in journal.records:
@@ -105,18 +100,21 @@ def export_bundle(
             report(done, total, f"lowering {stage.name}")
             if stage.name in described:
                 continue
-            lowered = forms.lower(stage) if stage.form else lower_stage(stage, backend)
-            path = writer.path(_file(stage))
+            if stage.template is None:
+                lowered = lowering.lower(stage)
+            else:
+                lowered = lowering.instantiate(stage, templates / backend)
+            described[stage.name] = describe_stage(stage, lowered)
+            path = writer.path(described[stage.name].file)
             lowered.write(path)
             sync(path)
-            described[stage.name] = _describe(stage, lowered)
             delegation[stage.name] = lowered.delegation
             record = {
                 "stage": asdict(described[stage.name]),
                 "delegation": asdict(lowered.delegation),
             }
             journal.append([record])
-        shutil.rmtree(writer.folder / FORMS_FOLDER, ignore_errors=True)
+        shutil.rmtree(templates, ignore_errors=True)
         report(total - 1, total, "sealing")
         writer.finish(
             Manifest(
@@ -168,31 +166,18 @@ def _check_tokenizer(tokenizer: TokenizerFiles, model: StagedModel) -> None:
     )
 
 
-def _file(stage: StageModule) -> str:
-    return f"{stage.name}.pte"
-
-
-def _describe(stage: StageModule, lowered: LoweredStage) -> Stage:
-    """The stage as the manifest has it."""
+def describe_stage(stage: StageModule, lowered: LoweredStage) -> Stage:
+    """Return the stage as the manifest has it."""
     return Stage(
         name=stage.name,
         role=stage.role,
-        file=_file(stage),
+        file=f"{stage.name}.pte",
         inputs=tuple(
-            _spec(name, tensor.dtype, tensor.shape, stage.dynamic.get(name, ()))
+            tensor_spec(name, tensor.dtype, tensor.shape, stage.dynamic.get(name, ()))
             for name, tensor in zip(stage.input_names, stage.example_inputs, strict=True)
         ),
-        outputs=tuple(
-            _spec(name, output.dtype, output.shape, output.dynamic)
-            for name, output in zip(stage.output_names, lowered.outputs, strict=True)
-        ),
+        outputs=lowered.outputs,
     )
-
-
-def _spec(
-    name: str, dtype: torch.dtype, shape: Sequence[int], dynamic: Iterable[int]
-) -> TensorSpec:
-    return TensorSpec(name, str(dtype).removeprefix("torch."), tuple(shape), tuple(sorted(dynamic)))
 
 
 def _recipe_summary(recipe: dict) -> dict:

@@ -1,58 +1,69 @@
-"""The table of backends that a stage can be lowered to."""
+"""Backends: what lowers a stage to a program, and the table of them.
+
+A backend is one folder here, whose module has a `BACKEND`, and one line in `BACKENDS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from export.contract.bundle import Delegation
+from export.contract.bundle import Delegation, TensorSpec
 from export.models.staging import StageModule
 from quantize.errors import LoweringError
 
 BACKENDS = {
-    "xnnpack": "export.backends.xnnpack.lowering",
+    "xnnpack": "export.backends.xnnpack",
 }
-"""Each module has `lower_stage(stage) -> LoweredStage`."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a program gives: its type, and its shape at the largest lengths."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    dynamic: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class LoweredStage:
-    """A stage's program: how to write it, what it gives, and which operators run where.
-
-    `write` writes the `.pte` file; `outputs` say dtype, largest shape and dynamic axes, in order.
-    """
+    """A stage's program: `write` writes the `.pte` file, `outputs` are in the program's order."""
 
     write: Callable[[Path], None]
-    outputs: tuple[Output, ...]
+    outputs: tuple[TensorSpec, ...]
     delegation: Delegation
 
 
-def check_backend(backend: str) -> None:
-    """Raise LoweringError for a backend that is not in the table."""
-    if backend not in BACKENDS:
+class Backend(ABC):
+    """Lowers stages to programs; raises LoweringError for a stage that it cannot take."""
+
+    @abstractmethod
+    def lower(self, stage: StageModule) -> LoweredStage:
+        """Lower one stage, and check that what should be delegated was."""
+
+    def instantiate(self, stage: StageModule, folder: Path) -> LoweredStage:
+        """Lower a stage that has a template, at best by exchanging the weights in a lowered one.
+
+        `folder` is the backend's own: it is kept until all stages are lowered, also if the process
+        is interrupted in between. A backend that cannot exchange weights leaves this as it is, and
+        each stage is lowered in full.
+        """
+        return self.lower(stage)
+
+
+def tensor_spec(
+    name: str, dtype: torch.dtype, shape: Sequence[int], dynamic: Iterable[int] = ()
+) -> TensorSpec:
+    """Return a tensor as the manifest describes it."""
+    return TensorSpec(name, str(dtype).removeprefix("torch."), tuple(shape), tuple(sorted(dynamic)))
+
+
+def find_backend(name: str) -> Backend:
+    """Return the backend of that name; raise LoweringError if the table has none."""
+    if name not in BACKENDS:
         raise LoweringError(
-            f"the backend {backend!r} is not known; supported: {', '.join(sorted(BACKENDS))}"
+            f"the backend {name!r} is not known; supported: {', '.join(sorted(BACKENDS))}"
         )
+    return import_module(BACKENDS[name]).BACKEND
 
 
 def lower_stage(stage: StageModule, backend: str) -> LoweredStage:
-    """Lower one stage to `backend`.
-
-    Raises LoweringError for an unknown backend, and for an operator that was meant to be delegated
-    and was not.
-    """
-    check_backend(backend)
-    return import_module(BACKENDS[backend]).lower_stage(stage)
+    """Lower one stage in full; see `Backend.lower`."""
+    return find_backend(backend).lower(stage)

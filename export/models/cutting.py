@@ -1,4 +1,4 @@
-"""Cuts a model's layers into stages, those of one graph with one form, whatever the family."""
+"""Cuts a model's layers into stages, those of one graph with one template, whatever the family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.contract.styles.base import LAYERS_OUTPUTS
-from export.models.staging import Form, StageModule
+from export.models.staging import StageModule, Template
 from export.models.weights import RenamedWeights, Weights, other_layers
 
 
@@ -26,7 +26,7 @@ def layer_stages(
 
     Args:
         weights: those of the model.
-        layers: for each layer what decides its graph; groups with equal ones have one form.
+        layers: for each layer what decides its graph; groups with equal ones have one template.
         layers_per_stage: the last stage may have fewer.
         build: makes the module of layers first .. end - 1 from weights under their names.
         inputs: what these layers take: names and examples.
@@ -36,24 +36,24 @@ def layer_stages(
     firsts: dict[tuple[Hashable, ...], int] = {}
     for first in range(0, len(layers), layers_per_stage):
         group = tuple(layers[first : first + layers_per_stage])
-        form_first = firsts.setdefault(group, first)
-        form = Form(
-            f"layers_{form_first:02}",
-            functools.partial(build, first=form_first, end=form_first + len(group)),
-            RenamedWeights(weights, other_layers(form_first, first)),
+        template_first = firsts.setdefault(group, first)
+        template = Template(
+            f"layers_{template_first:02}",
+            functools.partial(build, first=template_first, end=template_first + len(group)),
+            RenamedWeights(weights, other_layers(template_first, first)),
         )
         given = inputs(first, first + len(group))
         stages.append(
             StageModule(
                 name=f"layers_{first:02}",
                 role="layers",
-                module=functools.partial(form.build, form.weights),
+                module=functools.partial(template.build, template.weights),
                 example_inputs=tuple(given.values()),
                 input_names=tuple(given),
                 output_names=LAYERS_OUTPUTS,
                 mutates_buffers=True,
                 dynamic=dynamic or {},
-                form=form,
+                template=template,
             )
         )
     return stages

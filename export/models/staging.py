@@ -30,11 +30,11 @@ if TYPE_CHECKING:  # it imports torchao: 80 MB that a process which only runs bu
 
 
 @dataclass(frozen=True)
-class Form:
-    """What stages of one graph share: they differ in their weights alone and are lowered once.
+class Template:
+    """What stages of one graph share, which differ in their weights alone and are lowered once.
 
-    `build` makes the module from weights under the names of the form's first stage; `weights` are
-    the stage's own under those names.
+    `name` is that of the first of them. `build` makes the module from weights under that stage's
+    names; `weights` are the stage's own under those names.
     """
 
     name: str
@@ -47,9 +47,9 @@ class StageModule:
     """One stage: its module, the inputs to trace it with, and the names that pass between stages.
 
     `module` may be what builds the module, so that not all need be held at once: see `load`.
-    `form` is None for a stage whose graph no other has. `mutates_buffers` tells a stage that owns a
-    KV cache. `dynamic` is, for an input, axis -> name of a length that may vary from 1 to that of
-    the example; the same name is the same length, and `3*name` is three times it.
+    `mutates_buffers` is set for a stage that owns a KV cache. `dynamic` is, for an input, axis ->
+    name of a length that may vary from 1 to that of the example; the same name is the same length,
+    and `3*name` is three times it. `template` is None for a stage whose graph no other has.
     """
 
     name: str
@@ -60,10 +60,10 @@ class StageModule:
     output_names: tuple[str, ...]
     mutates_buffers: bool = False
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    form: Form | None = None
+    template: Template | None = None
 
     def load(self) -> nn.Module:
-        """The module, built now if it is not there yet; it is not kept."""
+        """Return the module, built now if `module` builds it; it is not kept."""
         return self.module if isinstance(self.module, nn.Module) else self.module()
 
 

@@ -17,7 +17,7 @@ from export.exporter import export_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from scripts.training.make_checkpoint import plan_checkpoint, write_checkpoint
-from tests.export.backends.test_stamping import digests
+from tests.export.backends.test_templates import digests
 from tests.support import hf_reference
 
 ROOT = Path(__file__).parents[2]

@@ -480,7 +480,7 @@ def test_an_interrupted_verb_leaves_nothing_under_its_final_name(
     assert out == "" and "Traceback" not in err
     assert "the same command goes on from there" in err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    if verb == "quantize":  # lowering takes minutes: see tests/export/backends/test_stamping.py
+    if verb == "quantize":  # lowering takes minutes: see tests/export/backends/test_templates.py
         assert err.count("\n") == 1
         assert run(command(verb, ROOT / "scripts/demo_model", tmp_path / "out")) == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]

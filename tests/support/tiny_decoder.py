@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.backends import LoweredStage, Output, lower_stage
+from export.backends import LoweredStage, lower_stage, tensor_spec
 from export.contract.bundle import (
     Bundle,
     Decoding,
@@ -30,7 +30,7 @@ from export.contract.bundle import (
     TensorSpec,
     write_bundle,
 )
-from export.exporter import _describe
+from export.exporter import describe_stage
 from export.models.head_stages import autoregressive_head_stage, masked_head_stage
 from export.models.staging import StagedModel, StageModule
 
@@ -205,7 +205,10 @@ def hollow_bundle(model: StagedModel, folder: Path) -> Bundle:
         values = values if isinstance(values, tuple) else (values,)
         return LoweredStage(
             write=lambda path: path.write_bytes(b"nothing") and None,
-            outputs=tuple(Output(value.dtype, tuple(value.shape)) for value in values),
+            outputs=tuple(
+                tensor_spec(name, value.dtype, value.shape)
+                for name, value in zip(stage.output_names, values, strict=True)
+            ),
             delegation=Delegation(0, {}, {}),
         )
 
@@ -219,7 +222,7 @@ def _bundle(
     for stage in model.stages:
         lowered = lower(stage)
         lowered.write(folder / f"{stage.name}.pte")
-        stages.append(_describe(stage, lowered))
+        stages.append(describe_stage(stage, lowered))
     manifest = Manifest(
         model=model.info,
         style=model.style,

@@ -14,10 +14,9 @@ Written against ExecuTorch 1.5: the pass takes the place of `sym_shape_eval_pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from executorch.exir.dialects._ops import ops
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.exir.schema import TensorShapeDynamism
@@ -26,6 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
+from export.backends.executorch_1_5_1 import operator_name
 from quantize.errors import LoweringError
 
 CHOSEN_ROWS = "pocket_diffusion::chosen_rows"
@@ -80,7 +80,7 @@ class DynamicRowsPass(ConstraintBasedSymShapeEvalPass):
                 raise _not_row_wise("output")
             if node.op != "call_function":
                 continue
-            name = _name(node)
+            name = operator_name(node)
             if name == CHOSEN_ROWS:
                 node.target = ops.edge.aten.nonzero.default
                 origins[node] = node
@@ -110,7 +110,7 @@ def _mark_delegate(graph_module: GraphModule, node: Node, origins: Origins) -> N
         if inside.op == "placeholder":
             origin = origins.get(argument_of.get(inside.name))
         elif inside.op == "call_function":
-            origin = _row_wise(inside, _name(inside), inner)
+            origin = _row_wise(inside, operator_name(inside), inner)
         if origin is not None:
             inner[inside] = origin
     (output,) = (inside for inside in graph.nodes if inside.op == "output")
@@ -172,7 +172,7 @@ def _check_write(node: Node, origins: Origins) -> None:
     if not _origin(node.all_input_nodes, origins):
         return
     if target in origins or len(indices) != 1 or not {indices[0], values} <= origins.keys():
-        raise _not_row_wise(_name(node))
+        raise _not_row_wise(operator_name(node))
 
 
 def _origin(nodes: Iterable[Node], origins: Origins) -> Node | None:
@@ -196,12 +196,3 @@ def _not_row_wise(name: str) -> LoweringError:
         f"{name} is computed from an expert's rows and is not known to keep rows apart; "
         "compute the experts densely, and report this with the config"
     )
-
-
-def _name(node: Node) -> str:
-    """`namespace::operator` of a call without the overload, or the function's own name."""
-    target: Callable[..., Any] | Any = node.target
-    schema = getattr(getattr(target, "_op", target), "_schema", None)
-    if schema is None and isinstance(target, torch._ops.HigherOrderOperator):
-        return target.name()
-    return schema.name if schema is not None else getattr(target, "__name__", str(target))

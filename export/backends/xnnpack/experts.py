@@ -1,35 +1,35 @@
-"""Lowers the experts of a mixture once for each form they have, and each by its weights alone.
+"""Lowers one expert of each kind in a mixture, and the others by exchanging its weights.
 
 Tracing and rewriting an expert takes seconds, and the graphs of all experts are the same. So
-gathered experts are set apart while the rest is lowered, one expert of each form is lowered in
-full, and the others' weights go through XNNPACK's serializer in that one's rewritten graph. Sound,
+gathered experts are opaque while the rest is lowered, one expert of each kind is lowered in full,
+and the others' weights go through XNNPACK's serializer in that one's rewritten graph. Sound,
 because the rewriting is of the graph: that it left the weights as they are is checked on the expert
-it was made for, and what decides it (kinds, shapes, zero points) is the form.
-
-Written against ExecuTorch 1.5.
+it was made for, and what decides it (types, shapes, zero points) is the kind.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import PartitionResult
-from executorch.exir.delegate import executorch_call_delegate, get_lowered_module_name
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from export.backends.executorch_1_5_1 import (
+    exported_state,
+    replace_by_delegate,
+    rewrite_for_xnnpack,
+    xnnpack_delegate,
+)
 from export.models.experts import Expert, GatheredExperts, WeightedExpert
 from quantize.errors import LoweringError
 
@@ -38,10 +38,10 @@ EXPERT_BODY = "expert_body"
 PREPARATION = ("chosen_rows", "aten.index_select", "aten.select_copy")
 
 
-class ExpertsApart:
-    """The gathered experts of a module, lowered apart from it.
+class SeparatelyLoweredExperts:
+    """The gathered experts of a module, which are lowered separately from it.
 
-    Usage: trace the module within `hidden()`, lower the trace, then `insert` the experts.
+    Usage: trace the module within `opaque()`, lower the trace, then `insert` the experts.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,7 +49,7 @@ class ExpertsApart:
         self._bodies: list[tuple[Expert, int, int]] = []  # with their rows and hidden size
 
     @contextmanager
-    def hidden(self) -> Iterator[None]:
+    def opaque(self) -> Iterator[None]:
         """Replace each expert by an opaque operator while this is open."""
         with ExitStack() as stack:
             for block in self._blocks:
@@ -66,7 +66,7 @@ class ExpertsApart:
         """
         if not self._bodies:
             return
-        forms: dict[Hashable, _Form] = {}
+        templates: dict[Hashable, _ExpertTemplate] = {}
         program = edge.exported_program()
         graph_module = program.graph_module
         graph = graph_module.graph
@@ -75,55 +75,43 @@ class ExpertsApart:
                 continue
             *inputs, number = node.args
             expert, rows, hidden_size = self._bodies[number]
-            tensors = _plain_tensors(expert)
+            tensors = exported_state(expert, "expert")
             key = (rows, hidden_size, expert.activation, *_describe(expert, tensors))
-            if key not in forms:
-                forms[key] = _lower_in_full(expert, rows, hidden_size)
-            lowered = forms[key].with_weights(tensors)
-            edge._named_data_store.merge_named_data_store(lowered.named_data_store_output)
+            if key not in templates:
+                templates[key] = _lower_in_full(expert, rows, hidden_size)
+            lowered = templates[key].instantiate(tensors)
             _prepare_late(node)
-            _replace(node, inputs, lowered)
+            arguments = dict(zip(("rows", "weights", "total"), inputs, strict=True))
+            replace_by_delegate(edge, node, lowered, arguments)
         graph.lint()
         graph_module.recompile()
 
 
 @dataclass
-class _Form:
+class _ExpertTemplate:
     """An expert's program before and after XNNPACK's rewriting."""
 
     program: ExportedProgram
     rewritten: ExportedProgram
 
-    def with_weights(self, tensors: dict[str, Tensor]) -> LoweredBackendModule:
-        """Serialize with other weights of the same form."""
+    def instantiate(self, tensors: dict[str, Tensor]) -> LoweredBackendModule:
+        """Serialize with other weights of the same kind."""
         for name, tensor in tensors.items():
             # A copy, because the serializer writes a view's storage from its start, and an expert's
             # weight may be a slice of all experts'.
             own = tensor.clone(memory_format=torch.contiguous_format)
             self.rewritten.state_dict[name] = nn.Parameter(own, requires_grad=False)
-        with mock.patch.object(
-            xnnpack_preprocess.XNNPACKPassManager, "transform", lambda _: self.rewritten
-        ):
-            result = xnnpack_preprocess.XnnpackBackend.preprocess(self.program, [])
-        lowered = LoweredBackendModule(
-            edge_program=self.program,
-            backend_id=xnnpack_preprocess.XnnpackBackend.__name__,
-            processed_bytes=result.processed_bytes,
-            compile_specs=[],
-            named_data_store_output=result.data_store_output,
-        )
-        lowered.meta = {"debug_handle_map": result.debug_handle_map}
-        return lowered
+        return xnnpack_delegate(self.program, self.rewritten)
 
 
 class _Body(WeightedExpert):
     """A delegate returns a sequence."""
 
-    def forward(self, rows: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+    def forward(self, rows: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor]:
         return (super().forward(rows, weights, total),)
 
 
-def _lower_in_full(expert: Expert, rows: int, hidden_size: int) -> _Form:
+def _lower_in_full(expert: Expert, rows: int, hidden_size: int) -> _ExpertTemplate:
     body = _Body(expert).eval()
     inputs = (torch.zeros(rows, hidden_size), torch.zeros(rows, 1), torch.zeros(rows, hidden_size))
     edge = to_edge_transform_and_lower(
@@ -132,16 +120,16 @@ def _lower_in_full(expert: Expert, rows: int, hidden_size: int) -> _Form:
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     program = edge.exported_program()
-    rewritten = xnnpack_preprocess.XNNPACKPassManager(program).transform()
-    tensors, kept = _plain_tensors(expert), rewritten.state_dict
-    # What else the state has are the activation's constants, the same for all experts of a form.
+    rewritten = rewrite_for_xnnpack(program)
+    tensors, kept = exported_state(expert, "expert"), rewritten.state_dict
+    # What else the state has are the activation's constants, the same for all experts of a kind.
     names = set(rewritten.graph_signature.parameters)
     if tensors.keys() != names or not all(torch.equal(tensors[n], kept[n]) for n in names):
         raise LoweringError(
             "XNNPACK's passes changed an expert's weights, which this version of the exporter does "
             "not know; install the pinned ExecuTorch, or compute the experts densely"
         )
-    return _Form(program, rewritten)
+    return _ExpertTemplate(program, rewritten)
 
 
 class _WholeProgramCheck(XnnpackPartitioner):
@@ -172,20 +160,6 @@ class _WholeProgramCheck(XnnpackPartitioner):
         return PartitionResult(exported_program, {})
 
 
-def _plain_tensors(expert: Expert) -> dict[str, Tensor]:
-    """An expert's weights under the names that an exported program's state dict has for them."""
-    tensors: dict[str, Tensor] = {}
-    for path, parameter in expert.named_parameters(prefix="expert"):
-        if not is_traceable_wrapper_subclass(parameter):
-            tensors[path] = parameter.detach()
-            continue
-        owner, _, leaf = path.rpartition(".")
-        names, _ = parameter.__tensor_flatten__()
-        for i, name in enumerate(names):
-            tensors[f"{owner}.parametrizations.{leaf}.original{i}"] = getattr(parameter, name)
-    return tensors
-
-
 def _describe(expert: Expert, tensors: dict[str, Tensor]) -> Iterator[Hashable]:
     """Everything but the weights' numbers that an expert's graph depends on."""
     for parameter in expert.parameters():
@@ -214,20 +188,3 @@ def _prepare_late(node: Node) -> None:
             queue += candidate.all_input_nodes
     for candidate in [other for other in node.graph.nodes if other in needed]:
         node.prepend(candidate)
-
-
-def _replace(node: Node, inputs: list[Node], lowered: LoweredBackendModule) -> None:
-    """Put a delegate in the place of an opaque expert."""
-    graph = node.graph
-    order = {"rows": inputs[0], "weights": inputs[1], "total": inputs[2]}
-    names = lowered.original_module.graph_signature.user_inputs
-    with graph.inserting_before(node):
-        name = get_lowered_module_name(graph.owning_module, lowered)
-        called = graph.call_function(
-            executorch_call_delegate, (graph.get_attr(name), *(order[n] for n in names))
-        )
-        called.meta.update(val=[node.meta["val"]], debug_handle=node.meta.get("debug_handle", 0))
-        result = graph.call_function(operator.getitem, (called, 0))
-        result.meta.update(node.meta)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)

@@ -9,13 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from export.backends import LoweredStage, Output
-from export.contract.bundle import Delegation
+from export.backends import LoweredStage, tensor_spec
+from export.backends.executorch_1_5_1 import (
+    one_search_for_cycles,
+    operator_name,
+    shared_provenance,
+)
+from export.backends.xnnpack.dynamic_rows import DynamicRowsPass
+from export.backends.xnnpack.experts import SeparatelyLoweredExperts
+from export.contract.bundle import Delegation, TensorSpec
 from export.models.staging import StageModule
 from quantize.errors import LoweringError
 
@@ -36,34 +48,23 @@ QUANTIZED_LINEAR = "int8 dynamic x integer linear"
 
 
 def lower_stage(stage: StageModule) -> LoweredStage:
-    """Lower one stage; see `export.backends.lower_stage`."""
-    # Imported here: seconds, which no other verb should pay.
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import (
-        EdgeCompileConfig,
-        ExecutorchBackendConfig,
-        to_edge_transform_and_lower,
-    )
-
-    from export.backends.xnnpack.dynamic_rows import DynamicRowsPass
-    from export.backends.xnnpack.experts import ExpertsApart
-
+    """Lower one stage; see `Backend.lower`."""
     module = stage.load()
-    experts = ExpertsApart(module)
+    experts = SeparatelyLoweredExperts(module)
     with (
         _quiet(),
-        _shared_provenance(),
-        _one_search_for_cycles(),
+        shared_provenance(),
+        one_search_for_cycles(),
         _rare_collections(),
         torch.no_grad(),
     ):
         # Cloned: one tensor given for two inputs would be traced as one input used twice.
         inputs = tuple(tensor.clone() for tensor in stage.example_inputs)
-        with experts.hidden():
+        with experts.opaque():
             exported = torch.export.export(
                 module, inputs, dynamic_shapes=_dynamic_shapes(stage), strict=False
             )
-        outputs, expected = _outputs(exported), _dynamically_quantized(module)
+        outputs, expected = _outputs(exported, stage.output_names), _dynamically_quantized(module)
         # Tracing left copies of the weights in cycles of references, and neither these nor the
         # module are needed any more: they would be a third of the memory at its peak.
         del module
@@ -120,21 +121,13 @@ def _delegated_operators(graph_module: torch.fx.GraphModule) -> Counter[str]:
         for inner in original.graph_module.graph.nodes:
             if inner.op != "call_function":
                 continue
-            name = _name(inner)
-            if name == "aten::linear" and all(
-                _name(argument) == "torchao::dequantize_affine" for argument in inner.args[:2]
-            ):
+            name = operator_name(inner)
+            operands = {operator_name(argument) for argument in inner.args[:2]}
+            if name == "aten::linear" and operands == {"torchao::dequantize_affine"}:
                 name = QUANTIZED_LINEAR
             if name not in {"getitem", "alloc"}:
                 counts[name] += 1
     return counts
-
-
-def _name(node: Any) -> str:
-    """`namespace::operator` of a call, without the overload; the node's own name otherwise."""
-    target = getattr(node, "target", None)
-    schema = getattr(getattr(target, "_op", target), "_schema", None)
-    return schema.name if schema is not None else getattr(target, "__name__", str(target))
 
 
 def _instructions(plan: Any) -> tuple[int, Counter[str]]:
@@ -181,21 +174,27 @@ def _dynamic_shapes(stage: StageModule) -> tuple[dict[int, torch.export.Dim], ..
     )
 
 
-def _outputs(exported: torch.export.ExportedProgram) -> tuple[Output, ...]:
-    """What the traced module returns."""
+def _outputs(
+    exported: torch.export.ExportedProgram, names: tuple[str, ...]
+) -> tuple[TensorSpec, ...]:
+    """What the traced module returns, in shapes at the largest lengths."""
     nodes = {node.name: node for node in exported.graph.nodes}
     values = [nodes[name].meta["val"] for name in exported.graph_signature.user_outputs]
-    found = []
-    for value in values:
-        dynamic = tuple(i for i, n in enumerate(value.shape) if isinstance(n, torch.SymInt))
-        shape = tuple(
-            int(bound_sympy(n.node.expr, exported.range_constraints).upper)
-            if isinstance(n, torch.SymInt)
-            else n
-            for n in value.shape
+
+    def largest(size: int | torch.SymInt) -> int:
+        if isinstance(size, int):
+            return size
+        return int(bound_sympy(size.node.expr, exported.range_constraints).upper)
+
+    return tuple(
+        tensor_spec(
+            name,
+            value.dtype,
+            [largest(size) for size in value.shape],
+            (axis for axis, size in enumerate(value.shape) if not isinstance(size, int)),
         )
-        found.append(Output(value.dtype, shape, dynamic))
-    return tuple(found)
+        for name, value in zip(names, values, strict=True)
+    )
 
 
 def _dynamically_quantized(module: torch.nn.Module) -> int:
@@ -221,40 +220,6 @@ def _quiet() -> Iterator[None]:
     """Silence warnings of the tool chain that no user can act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _shared_provenance() -> Iterator[None]:
-    """Share the records of where a node came from instead of copying them at every pass.
-
-    They are never changed once made, and copying their growing chains deeply took a fifth of the
-    lowering time.
-    """
-    from torch.fx.traceback import NodeSource
-
-    NodeSource.__deepcopy__ = lambda self, memo: self
-    try:
-        yield
-    finally:
-        del NodeSource.__deepcopy__
-
-
-@contextmanager
-def _one_search_for_cycles() -> Iterator[None]:
-    """Let the partitioner search for cycles once, not twice, whenever it joins two partitions.
-
-    Its own search goes through all that lies behind each user of the two, which takes half of the
-    lowering time of a layer of 128 experts; then it has `validate_partition` walk the graph, which
-    finds every cycle, and alone decides here.
-    """
-    from executorch.exir.backend.canonical_partitioners.group_partitioner import _DependencyViewer
-
-    with mock.patch.multiple(
-        _DependencyViewer,
-        __init__=lambda self, graph_module: None,
-        downstreams_of=lambda self, node: (),
-    ):
         yield
 
 

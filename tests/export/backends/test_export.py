@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from export.backends import lower_stage
+from export.backends.xnnpack import lowering
 from export.backends.xnnpack.lowering import QUANTIZED_LINEAR
 from export.contract.bundle import Bundle, open_bundle
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
@@ -231,13 +232,10 @@ class _PlainLinear(nn.Module):
 @pytest.mark.slow
 def test_a_product_that_is_not_delegated_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault is injected: a partitioner that takes no products."""
-    from executorch.backends.xnnpack.partition import xnnpack_partitioner
     from executorch.backends.xnnpack.partition.config.generic_node_configs import AddConfig
 
-    original = xnnpack_partitioner.XnnpackPartitioner
-    monkeypatch.setattr(
-        xnnpack_partitioner, "XnnpackPartitioner", lambda: original(configs=[AddConfig])
-    )
+    original = lowering.XnnpackPartitioner
+    monkeypatch.setattr(lowering, "XnnpackPartitioner", lambda: original(configs=[AddConfig]))
     stage = StageModule("layers", "layers", _PlainLinear(), (torch.zeros(4, 8),), ("x",), ("y",))
     with pytest.raises(LoweringError, match=r"aten::(addmm|linear)"):
         lower_stage(stage, "xnnpack")

@@ -162,12 +162,14 @@ def test_gathered_and_dense_experts_are_the_same_function(top_k: int, int4: bool
 @pytest.mark.parametrize("int4", [False, True])
 def test_an_expert_lowered_by_its_weights_is_the_one_lowered_in_full(int4: bool) -> None:
     """Byte for byte, with the packed weights and scales in their named data."""
-    from export.backends.xnnpack.experts import _lower_in_full, _plain_tensors
+    from export.backends.executorch_1_5_1 import exported_state
+    from export.backends.xnnpack.experts import _lower_in_full
 
     first, second, *_ = gathered(1, int4=int4).experts
+    tensors = exported_state(second, "expert")
     with torch.no_grad():
-        by_weights = _lower_in_full(first, 5, HIDDEN).with_weights(_plain_tensors(second))
-        in_full = _lower_in_full(second, 5, HIDDEN).with_weights(_plain_tensors(second))
+        by_weights = _lower_in_full(first, 5, HIDDEN).instantiate(tensors)
+        in_full = _lower_in_full(second, 5, HIDDEN).instantiate(tensors)
     assert by_weights.processed_bytes == in_full.processed_bytes
     assert by_weights.named_data_store_output == in_full.named_data_store_output
 

@@ -1,4 +1,4 @@
-"""Stamped stages against those lowered in full, and cut bundles against whole ones."""
+"""Programs from a template against those lowered in full, and cut bundles against whole ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from export.backends import lower_stage
-from export.backends.xnnpack.instantiation import Place, Template, make_template
+from export.backends.xnnpack.templates import Place, ProgramTemplate, make_template
 from export.contract.bundle import Bundle, open_bundle
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.exporter import export_bundle
@@ -35,8 +36,8 @@ CONTEXT = 96
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of two layers of one form, and the same in int4."""
-    root = tmp_path_factory.mktemp("stamping")
+    """A checkpoint of two layers of one template, and the same in int4."""
+    root = tmp_path_factory.mktemp("templates")
     config = hf_reference.two_equal_layers()
     hf_reference.save(hf_reference.random_model(config, seed=5), root / "fp32")
     quantize_checkpoint(root / "fp32", root / "int4", preset("int4-g32"))
@@ -45,21 +46,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def cut_layers(checkpoint: Checkpoint, experts: str = "gather") -> list[StageModule]:
     staged = stage_model(checkpoint, maximum_context=CONTEXT, experts=experts, layers_per_stage=1)
-    return [stage for stage in staged.stages if stage.form is not None]
+    return [stage for stage in staged.stages if stage.template is not None]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "experts"), [("int4", "gather"), ("fp32", "dense")])
-def test_a_stamped_program_is_the_lowered_one_byte_for_byte(
+def test_a_program_from_a_template_is_the_lowered_one_byte_for_byte(
     folders: dict[str, Path], kind: str, experts: str, tmp_path: Path
 ) -> None:
     first, second = cut_layers(open_checkpoint(folders[kind]), experts)
-    template, _ = make_template(first, first.form, "xnnpack", tmp_path / "form.pte")
-    template.stamp(second.form.weights, tmp_path / "stamped.pte")
+    template, _ = make_template(first, first.template, tmp_path / "template.pte")
+    template.instantiate(second.template.weights, tmp_path / "made.pte")
     lower_stage(second, "xnnpack").write(tmp_path / "lowered.pte")
-    assert (tmp_path / "stamped.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
-    assert (tmp_path / "stamped.pte").read_bytes() != (tmp_path / "form.pte").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"form.pte", "stamped.pte", "lowered.pte"}
+    assert (tmp_path / "made.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
+    assert (tmp_path / "made.pte").read_bytes() != (tmp_path / "template.pte").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"template.pte", "made.pte", "lowered.pte"}
 
     # Equal tensors keep keys of their own, so that each has its own bytes in the file.
     class Same(RandomWeights):
@@ -70,11 +71,12 @@ def test_a_stamped_program_is_the_lowered_one_byte_for_byte(
             weight.qdata.fill_(3)
             return weight
 
-    template.stamp(Same(first.form.weights), tmp_path / "same.pte")
+    template.instantiate(Same(first.template.weights), tmp_path / "same.pte")
     layout = read_program_layout(tmp_path / "same.pte")
-    assert len(layout.named) == len(read_program_layout(tmp_path / "form.pte").named)
+    assert len(layout.named) == len(read_program_layout(tmp_path / "template.pte").named)
     assert all(
-        path.stat().st_size == (tmp_path / "form.pte").stat().st_size for path in tmp_path.iterdir()
+        path.stat().st_size == (tmp_path / "template.pte").stat().st_size
+        for path in tmp_path.iterdir()
     )
 
 
@@ -84,16 +86,16 @@ def test_a_program_with_a_weight_that_is_not_found_is_refused(
 ) -> None:
     """The fault is injected: the module changes a weight after it was read."""
     (first, _) = cut_layers(open_checkpoint(folders["fp32"]), "dense")
-    build = first.form.build
+    build = first.template.build
 
     def changed(weights: RandomWeights) -> torch.nn.Module:
         module = build(weights)
         module.layers[0].mlp.up_proj.weight.mul_(2.0)
         return module
 
-    form = type(first.form)(first.form.name, changed, first.form.weights)
+    template = replace(first.template, build=changed)
     with pytest.raises(LoweringError, match=r"up_proj.* 0 times"):
-        make_template(first, form, "xnnpack", tmp_path / "form.pte")
+        make_template(first, template, tmp_path / "template.pte")
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
@@ -106,12 +108,12 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         def get(self, name: str, index: int | None = None) -> torch.Tensor:
             return torch.ones(2)
 
-    file = tmp_path / "form.pte"
+    file = tmp_path / "template.pte"
     shutil.copyfile(_any_program(tmp_path), file)
-    template = Template(file, (Place("a", None, "plain", 64, 4, None),))
+    template = ProgramTemplate(file, (Place("a", None, "plain", 64, 4, None),))
     with pytest.raises(LoweringError, match="8 bytes of plain"):
-        template.stamp(Scalar(), tmp_path / "stamped.pte")
-    assert not (tmp_path / "stamped.pte").exists()
+        template.instantiate(Scalar(), tmp_path / "made.pte")
+    assert not (tmp_path / "made.pte").exists()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -196,14 +198,14 @@ def test_cut_layers_of_dense_decoders_compute_the_same(kind: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_cut_dense_decoder_is_stamped_and_takes_any_length(tmp_path: Path) -> None:
+def test_a_cut_dense_decoder_has_a_template_and_takes_any_length(tmp_path: Path) -> None:
     dense_checkpoints.write(tmp_path / "hf", "sdar", seed=2)
     quantize_checkpoint(tmp_path / "hf", tmp_path / "int4", preset("int4-g32"))
     first, second = cut_layers(open_checkpoint(tmp_path / "int4"))
-    template, _ = make_template(first, first.form, "xnnpack", tmp_path / "form.pte")
-    template.stamp(second.form.weights, tmp_path / "stamped.pte")
+    template, _ = make_template(first, first.template, tmp_path / "template.pte")
+    template.instantiate(second.template.weights, tmp_path / "made.pte")
     lower_stage(second, "xnnpack").write(tmp_path / "lowered.pte")
-    assert (tmp_path / "stamped.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
+    assert (tmp_path / "made.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
 
 
 def test_a_family_whose_layers_cannot_be_cut_says_so(tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_a_killed_export_goes_on_to_the_same_bytes(
         "export", folders["int4"], tmp_path / "cut.bundle",
         "--context", str(CONTEXT), "--experts", "gather", "--layers-per-stage", "1",
     )  # fmt: skip
-    # Killed while the form is lowered, then after a stage was stamped from it.
+    # Killed while the template is lowered, then after a stage was made from it.
     for until in ("entry.pte", "layers_00.pte"):
         process = start(*command)
         try:
@@ -245,12 +247,12 @@ def test_a_killed_export_goes_on_to_the_same_bytes(
             process.kill()
             process.communicate()
         assert not (tmp_path / "cut.bundle").exists()
-    (form,) = tmp_path.rglob(".forms/*.pte")
-    made = form.stat().st_mtime_ns
+    (template,) = tmp_path.rglob(".templates/xnnpack/*.pte")
+    made = template.stat().st_mtime_ns
     process = start(*command)
     while process.poll() is None:
         with suppress(FileNotFoundError):  # it goes before the bundle is sealed
-            assert form.stat().st_mtime_ns == made
+            assert template.stat().st_mtime_ns == made
         time.sleep(0.05)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
