@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from export.backends import lower_stage
 from export.families.dense import DenseConfig
-from export.heads.token import MaskedHead
+from export.heads.masked_diffusion import MaskedHead
 from export.models.dense_decoder import build_layers
 from export.models.dense_stages import head_table
 from export.models.staging import StageModule

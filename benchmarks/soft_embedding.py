@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.heads.uniform_diffusion import DiffusionHead, _int8_per_row
+from export.heads.uniform_diffusion import DiffusionHead
+from export.heads.vocabulary import round_to_int8
 
 VOCABULARY, HIDDEN, POSITIONS, CHUNK_COLUMNS = 262_144, 512, 8, 2048
 SEED = 20261123
@@ -45,7 +46,7 @@ def main() -> None:
         exact = probabilities.double() @ table.double()
         errors = {key: _relative(_soft(head, probabilities), exact) for key, head in heads.items()}
         errors["table"] = _relative(probabilities.double() @ plain.double(), exact)
-        errors["next layer"] = _relative(_int8_per_row(exact.float()), exact)
+        errors["next layer"] = _relative(round_to_int8(exact.float()), exact)
         entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
         rows.append({"distribution": name, "entropy_nats": round(entropy, 2), **errors})
     view = Table(title=f"relative error, vocabulary {VOCABULARY}, hidden {HIDDEN}")

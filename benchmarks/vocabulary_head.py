@@ -24,10 +24,12 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from export.host.process import processor_name
+from export.host.program_file import read_program_memory
 
 VARIANTS = ("chunked", "at_once", "plain", "products", "products1")
 BASELINE_TABLE_STD = 0.04
@@ -172,24 +174,21 @@ def _ratios(best: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _lower(arguments: argparse.Namespace, variant: str) -> None:
-    import torch
-    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
-
-    from export.heads.uniform_diffusion import head_example_inputs, head_partitioners
+    from export.backends import lower_stage
+    from export.models.head_stages import uniform_diffusion_head_stage
 
     module = _module(arguments, variant).eval()
-    inputs = head_example_inputs(arguments.canvas, arguments.hidden)
+    stage = uniform_diffusion_head_stage(module, arguments.canvas, arguments.hidden)
     if variant.startswith("products"):
-        inputs = inputs[:1]
-    exported = torch.export.export(module, inputs)
-    lowered = to_edge_transform_and_lower(exported, partitioner=head_partitioners())
-    program = lowered.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+        stage = replace(
+            stage,
+            example_inputs=stage.example_inputs[:1],
+            input_names=("hidden",),
+            output_names=("signal",),
+        )
     target = _program(arguments, variant)
     partial = target.with_suffix(".partial")
-    with partial.open("wb") as file:
-        program.write_to_file(file)
-    arena = program.executorch_program.execution_plan[0].non_const_buffer_sizes
-    target.with_suffix(".json").write_text(json.dumps({"arena_bytes": sum(arena)}))
+    lower_stage(stage, "xnnpack").write(partial)
     partial.rename(target)
 
 
@@ -199,7 +198,8 @@ def _module(arguments: argparse.Namespace, variant: str):  # -> torch.nn.Module
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     from export.heads.samplers import entropy_bound
-    from export.heads.uniform_diffusion import DiffusionHead, _after
+    from export.heads.uniform_diffusion import DiffusionHead
+    from export.heads.vocabulary import after
 
     generator = torch.Generator().manual_seed(SEED)
     shape = (arguments.vocabulary, arguments.hidden)
@@ -222,7 +222,7 @@ def _module(arguments: argparse.Namespace, variant: str):  # -> torch.nn.Module
             hidden = hidden[0]
             soft = self.soft_chunks[0](self.logit_chunks[0](hidden))
             for logit, product in zip(self.logit_chunks[1:], self.soft_chunks[1:], strict=True):
-                soft = soft + product(logit(_after(hidden, soft[:, :1])))
+                soft = soft + product(logit(after(hidden, soft[:, :1])))
             return soft
 
     class Plain(nn.Module):
@@ -305,7 +305,7 @@ def _measure(arguments: argparse.Namespace, variant: str) -> dict:
         Path("/proc/self/clear_refs").write_text("5")
         for _ in range(arguments.steps):
             method.execute(inputs)
-        arena = json.loads(path.with_suffix(".json").read_text())["arena_bytes"]
+        arena = read_program_memory(path).planned_bytes
         return {
             "step_mb": round(_resident_mb("VmHWM") - loaded, 1),
             "arena_mb": round(arena / 2**20, 1),

@@ -10,7 +10,7 @@ from export.contract.styles.base import LAYERS_OUTPUTS
 from export.contract.styles.uniform_diffusion import UniformDiffusion
 from export.families.diffusion_gemma import EMBEDDING, DiffusionGemmaConfig
 from export.families.expert_choice import ExpertComputation, choose_expert_computation
-from export.heads.uniform_diffusion import DiffusionHead, head_example_inputs
+from export.heads.uniform_diffusion import DiffusionHead
 from export.models.blocks import FinalNorm
 from export.models.building import BuildRequest, BuiltStages
 from export.models.cutting import layer_stages, norm_stage
@@ -22,6 +22,7 @@ from export.models.diffusion_gemma import (
     load_weights,
     unused_notes,
 )
+from export.models.head_stages import uniform_diffusion_head_stage
 from export.models.staging import StageModule
 from export.models.weights import Weights
 from quantize.checkpoint import Checkpoint
@@ -50,14 +51,7 @@ def build_stages(request: BuildRequest[DiffusionGemmaConfig]) -> BuiltStages:
             checkpoint.get(EMBEDDING), soft_cap=config.soft_cap, canvas_length=canvas
         ).eval()
 
-    head_stage = StageModule(
-        name="head",
-        role="head",
-        module=head,
-        example_inputs=head_example_inputs(canvas, hidden),
-        input_names=UniformDiffusion.head_inputs,
-        output_names=UniformDiffusion.head_outputs,
-    )
+    head_stage = uniform_diffusion_head_stage(head, canvas, hidden)
     return BuiltStages(
         (*layers, head_stage),
         unused_notes(request.unused_names()),

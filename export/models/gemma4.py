@@ -1,7 +1,7 @@
 """Gemma 4's dense text model, re-authored as one graph for prefill and decoding of any length.
 
 What this file does not know: quantization (weights may be torchao tensors), backends, the head and
-sampler (export/heads/token.py). Reference: `Gemma4TextModel` of transformers 5.23.
+sampler (export/heads/autoregressive.py). Reference: `Gemma4TextModel` of transformers 5.23.
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""The stage `head` of models whose head samples tokens: autoregressive and masked ones."""
+"""The stage "head" of each style, from the table of a model's head."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.contract.styles.autoregressive import Autoregressive
 from export.contract.styles.masked_diffusion import MaskedDiffusion
-from export.heads.token import AutoregressiveHead, MaskedHead
+from export.contract.styles.uniform_diffusion import UniformDiffusion, UniformDiffusionSettings
+from export.heads.autoregressive import AutoregressiveHead
+from export.heads.masked_diffusion import MaskedHead
 from export.models.staging import StageModule
 
 
@@ -62,4 +66,29 @@ def masked_head_stage(
         input_names=MaskedDiffusion.head_inputs,
         output_names=MaskedDiffusion.head_outputs,
         dynamic={"hidden": {1: "tokens"}, "rows": {0: "rows"}, "uniform": {0: "rows"}},
+    )
+
+
+def uniform_diffusion_head_stage(
+    module: nn.Module | Callable[[], nn.Module], canvas_length: int, hidden_size: int
+) -> StageModule:
+    """The stage "head" of uniform diffusion around a `DiffusionHead`, or around what builds it."""
+    tokens = torch.zeros(1, canvas_length, dtype=torch.int64)
+    return StageModule(
+        name="head",
+        role="head",
+        module=module,
+        example_inputs=(
+            torch.zeros(1, canvas_length, hidden_size),
+            tokens,
+            tokens - 1,
+            torch.zeros(1, dtype=torch.int64),
+            torch.ones(1, dtype=torch.int64),
+            torch.from_numpy(UniformDiffusionSettings().as_array()),
+            torch.full((1, canvas_length), 0.5),
+            tokens.clone(),
+            tokens.clone(),
+        ),
+        input_names=UniformDiffusion.head_inputs,
+        output_names=UniformDiffusion.head_outputs,
     )

@@ -7,8 +7,10 @@ import torch
 from scipy import stats
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from export.backends import lower_stage
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
-from export.heads.uniform_diffusion import DiffusionHead, head_example_inputs, head_partitioners
+from export.heads.uniform_diffusion import DiffusionHead
+from export.models.head_stages import uniform_diffusion_head_stage
 
 HIDDEN = 32
 
@@ -162,7 +164,7 @@ def test_neither_overflows_nor_vanishes_at_any_temperature(
 
 def test_equal_logits_resolve_to_the_first_token_and_a_uniform_draw() -> None:
     head = DiffusionHead(torch.ones(101, HIDDEN), soft_cap=30.0, canvas_length=4, chunk_columns=8)
-    inputs = list(head_example_inputs(4, HIDDEN))
+    inputs = list(uniform_diffusion_head_stage(head, 4, HIDDEN).example_inputs)
     inputs[5] = torch.from_numpy(UniformDiffusionSettings(entropy_bound=1000.0).as_array())
     inputs[6] = torch.tensor([[0.0, 0.2525, 0.7475, 1 - 2**-24]])
     outputs = head(*inputs)
@@ -233,9 +235,9 @@ def test_rows_looked_up_again_carry_the_logits_of_the_walk() -> None:
     table = _quantized(_table(512, generator, 0.3), 8)
     head = DiffusionHead(table, soft_cap=30.0, canvas_length=9, chunk_columns=64)
     hidden = torch.randn(9, HIDDEN, generator=generator) / 30
-    walked = torch.stack([head._values(hidden, k) for k in range(head.chunks)], dim=2)
+    walked = torch.stack([head.values(hidden, k) for k in range(head.chunks)], dim=2)
     tokens = torch.arange(512).expand(9, 512)
-    again = head._logits_again(hidden, tokens)
+    again = head.values_of(hidden, tokens)
     # An activation at the edge of two steps may be rounded otherwise: rare, and one step at most.
     difference = (walked.reshape(9, 512) - again).abs()
     assert difference.median() < 1e-7
@@ -258,14 +260,6 @@ def test_a_head_without_meaning_is_refused(arguments: dict, message: str) -> Non
         DiffusionHead(**{**defaults, **arguments})
 
 
-def _lower(head: DiffusionHead):  # -> ExecutorchProgramManager
-    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
-
-    exported = torch.export.export(head, head_example_inputs(head.canvas_length, HIDDEN))
-    lowered = to_edge_transform_and_lower(exported, partitioner=head_partitioners())
-    return lowered.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
-
-
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_the_lowered_head_decides_as_the_eager_one(bits: int | None, tmp_path) -> None:
     import executorch.kernels.quantized  # noqa: F401  (registers the quantized lookup)
@@ -277,9 +271,8 @@ def test_the_lowered_head_decides_as_the_eager_one(bits: int | None, tmp_path) -
     if bits:
         table = _quantized(table, bits)
     head = DiffusionHead(table, soft_cap=30.0, canvas_length=positions, chunk_columns=80)
-    program = _lower(head)
     path = tmp_path / "head.pte"
-    path.write_bytes(program.buffer)
+    lower_stage(uniform_diffusion_head_stage(head, positions, HIDDEN), "xnnpack").write(path)
     method = Runtime.get().load_program(path).load_method("forward")
     inputs = _inputs(positions, vocabulary, generator)
     for got, expected in zip(method.execute(inputs), head(*inputs), strict=True):

@@ -195,7 +195,7 @@ def test_released_spelling_of_the_config_and_the_wrapped_checkpoint(
 @pytest.mark.parametrize("case", ["large", "phone"])
 def test_greedy_generation_is_that_of_transformers(case: str, tmp_path: Path) -> None:
     """Through the head of the bundle, soft cap included, well past the window."""
-    from export.heads.token import AutoregressiveHead
+    from export.heads.autoregressive import AutoregressiveHead
 
     # With a tied table the likeliest successor of a random model is the token itself.
     reference = random_model(CASES[case] | {"tie_word_embeddings": False}, seed=11)
