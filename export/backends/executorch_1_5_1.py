@@ -92,7 +92,7 @@ def operator_name(node: Any) -> str:
 
 
 def exported_state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """A module's weights under the names that torch.export's state dict has for them.
+    """Return a module's weights under the names that an edge program's state dict has for them.
 
     The parts of a quantized weight are tensors of their own there.
     """
