@@ -70,7 +70,7 @@ def export_bundle(
     """
     lowering = find_backend(backend)
     return_large_blocks()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(Path(source))
     tokenizer = tokenizer_files(checkpoint.folder)
     work = _work(
         checkpoint.folder, [maximum_context, experts, truncation, layers_per_stage, backend]

@@ -39,7 +39,7 @@ def layer_stages(
         template_first = firsts.setdefault(group, first)
         template = Template(
             f"layers_{template_first:02}",
-            functools.partial(build, first=template_first, end=template_first + len(group)),
+            functools.partial(_build, build, template_first, template_first + len(group)),
             RenamedWeights(weights, other_layers(template_first, first)),
         )
         given = inputs(first, first + len(group))
@@ -57,6 +57,12 @@ def layer_stages(
             )
         )
     return stages
+
+
+def _build(
+    build: Callable[[Weights, int, int], nn.Module], first: int, end: int, weights: Weights
+) -> nn.Module:
+    return build(weights, first, end)
 
 
 def norm_stage(

@@ -160,7 +160,7 @@ class _WholeProgramCheck(XnnpackPartitioner):
         return PartitionResult(exported_program, {})
 
 
-def _describe(expert: Expert, tensors: dict[str, Tensor]) -> Iterator[Hashable]:
+def _describe(expert: Expert, tensors: dict[str, Tensor]) -> Iterator[Any]:
     """Everything but the weights' numbers that an expert's graph depends on."""
     for parameter in expert.parameters():
         yield type(parameter)

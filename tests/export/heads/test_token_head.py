@@ -15,10 +15,10 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from export.backends import lower_stage
-from export.heads.samplers import masked
-from export.heads.samplers.truncation import truncate
 from export.heads.autoregressive import AutoregressiveHead
 from export.heads.masked_diffusion import MaskedHead
+from export.heads.samplers import masked
+from export.heads.samplers.truncation import truncate
 from export.models.head_stages import autoregressive_head_stage, masked_head_stage
 from export.models.staging import StageModule
 
