@@ -33,8 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--memory-budget",
         metavar="SIZE",
         type=parse_bytes,
-        default=512 * 2**20,
-        help="peak RSS that a run of the bundle may reach (default: 512M)",
+        help="peak RSS that a run of the bundle may reach (default: 512M; on the local device 256M "
+        "and what Python with PyTorch takes, which depends on PyTorch's build)",
     )
 
 

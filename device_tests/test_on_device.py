@@ -26,6 +26,7 @@ from device_tests.results import records, report
 from device_tests.results.summary import summarize
 from export.contract.bundle import MANIFEST_FILE, Bundle
 from tests.support.browser import measure
+from tests.support.interpreter import interpreter_bytes
 
 pytestmark = pytest.mark.device
 
@@ -129,6 +130,10 @@ def test_memory_stays_within_the_budget_and_its_parts_add_up(
     outcome: BenchOutcome, bundle: Bundle, request: pytest.FixtureRequest
 ) -> None:
     budget_bytes = request.config.getoption("--memory-budget")
+    if budget_bytes is None and request.config.getoption("--device") is not None:
+        budget_bytes = 512 * 2**20
+    elif budget_bytes is None:
+        budget_bytes = interpreter_bytes() + 256 * 2**20
     [record] = of_pass(outcome, "memory")
     metrics = record["metrics"]
     assert bundle.total_bytes < metrics["peak_rss_bytes"] <= budget_bytes

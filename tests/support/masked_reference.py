@@ -3,7 +3,7 @@
 A step recomputes the whole text under an explicit mask. Differences to the published code, all
 chosen once for the project: the mask token is never sampled; a random token is drawn by inverse
 CDF from a given uniform number (`export.contract.philox`) instead of by Gumbel noise or
-multinomial.
+multinomial. Every choice is clear (`clear_choices`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from export.contract import philox
+from tests.support.clear_choices import assert_clear, highest, over
 from tests.support.tiny_decoder import MASK_TOKEN, Weights, plain_hidden
 
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -37,15 +38,24 @@ def get_num_transfer_tokens(masked: int, steps: int) -> list[int]:
 
 def sample(
     logits: Tensor, mask: int, temperature: float = 0.0, uniform: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Tokens `[M]` and probabilities `[M, V]` of rows of logits."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens `[M]`, probabilities `[M, V]` and the tokens' margins `[M]` of rows of logits."""
     logits = logits.clone()
     logits[:, mask] = float("-inf")
     if temperature == 0:
-        return logits.argmax(-1), torch.softmax(logits, -1)
+        first, second = logits.topk(2).values.unbind(-1)
+        return logits.argmax(-1), torch.softmax(logits, -1), first - second
     probabilities = torch.softmax(logits / temperature, -1)
-    below = (probabilities.cumsum(-1) <= uniform[:, None]).sum(-1)
-    return below.clamp(max=logits.shape[1] - 1), probabilities
+    cumulative = probabilities.cumsum(-1)
+    below = (cumulative <= uniform[:, None]).sum(-1)
+    margins = (cumulative - uniform[:, None]).abs().amin(-1)
+    return below.clamp(max=logits.shape[1] - 1), probabilities, margins
+
+
+def commit(canvas: Tensor, chosen: Tensor, tokens: Tensor, margins: Tensor) -> None:
+    """Write the chosen tokens into the canvas, in place."""
+    assert_clear(margins[chosen])
+    canvas[chosen] = tokens[chosen]
 
 
 def llada(
@@ -69,14 +79,14 @@ def llada(
         for step, count in enumerate(counts, start=1):
             logits = model(x, sees_everything(len(x)))
             uniform = torch.from_numpy(philox.uniforms(seed, number, step, block))
-            tokens, probabilities = sample(
+            tokens, probabilities, margins = sample(
                 logits[begin : begin + block], mask, temperature, uniform
             )
             confidence = probabilities.gather(1, tokens[:, None])[:, 0]
             is_masked = x[begin : begin + block] == mask
             confidence = torch.where(is_masked, confidence, -torch.inf)
-            chosen = confidence.topk(count).indices
-            x[begin + chosen] = tokens[chosen]
+            chosen = highest(confidence, count)
+            commit(x[begin : begin + block], chosen, tokens, margins)
     return x[len(prompt) :].tolist()
 
 
@@ -100,15 +110,15 @@ def dream(
         for count in get_num_transfer_tokens(block, steps):
             logits = model(x, sees_everything(len(x)))
             logits = torch.cat([logits[:1], logits[:-1]])
-            tokens, probabilities = sample(logits[begin : begin + block], mask)
+            tokens, probabilities, margins = sample(logits[begin : begin + block], mask)
             if order == "entropy":
                 score = (probabilities * torch.log(probabilities + 1e-10)).sum(-1)
             else:
                 best = probabilities.topk(2).values
                 score = best[:, 0] - best[:, 1]
             score = torch.where(x[begin : begin + block] == mask, score, -torch.inf)
-            chosen = score.topk(count).indices
-            x[begin + chosen] = tokens[chosen]
+            chosen = highest(score, count)
+            commit(x[begin : begin + block], chosen, tokens, margins)
     return x[len(prompt) :].tolist()
 
 
@@ -132,12 +142,12 @@ def fast_dllm_prefix_cache(
             else:
                 visible = torch.ones(len(x) - first, len(x), dtype=torch.bool)
                 hidden, _ = plain_hidden(weights, x[first:], visible, past if first else None)
-            tokens, probabilities = sample(hidden[:block] @ weights.head.T, MASK_TOKEN)
+            tokens, probabilities, margins = sample(hidden[:block] @ weights.head.T, MASK_TOKEN)
             confidence = probabilities.gather(1, tokens[:, None])[:, 0]
             is_masked = x[begin : begin + block] == MASK_TOKEN
             confidence = torch.where(is_masked, confidence, -torch.inf)
-            chosen = confidence.topk(count).indices
-            x[begin + chosen] = tokens[chosen]
+            chosen = highest(confidence, count)
+            commit(x[begin : begin + block], chosen, tokens, margins)
     return x[len(prompt) :].tolist()
 
 
@@ -172,14 +182,14 @@ def sdar(
             uniform = torch.zeros(block)
             drawn = torch.from_numpy(philox.uniforms(seed, canvas, step, block - int(known)))
             uniform[known:] = drawn
-            tokens, probabilities = sample(logits, mask, temperature, uniform)
+            tokens, probabilities, margins = sample(logits, mask, temperature, uniform)
             confidence = probabilities.gather(1, tokens[:, None])[:, 0]
             confidence = torch.where(is_masked, confidence, -torch.inf)
-            chosen = confidence > threshold
+            chosen = over(confidence, threshold)
             if chosen.sum() < count:
                 chosen = torch.zeros(block, dtype=torch.bool)
-                chosen[confidence.topk(min(count, int(is_masked.sum()))).indices] = True
-            x[begin:end][chosen] = tokens[chosen]
+                chosen[highest(confidence, min(count, int(is_masked.sum())))] = True
+            commit(x[begin:end], chosen, tokens, margins)
     return x[len(prompt) :].tolist()
 
 
@@ -208,10 +218,10 @@ def fast_dllm_v2(
         while (is_masked := x[begin:end] == mask).any():
             logits = model(x[:seen], visible[:seen, :seen])
             logits = torch.cat([logits[:1], logits[:-1]])[begin:end]
-            tokens, probabilities = sample(logits, mask)
+            tokens, probabilities, margins = sample(logits, mask)
             confidence = probabilities.gather(1, tokens[:, None])[:, 0]
             confidence = torch.where(is_masked, confidence, -torch.inf)
-            chosen = confidence > threshold
-            chosen[confidence.argmax()] = True
-            x[begin:end][chosen] = tokens[chosen]
+            chosen = over(confidence, threshold)
+            chosen[highest(confidence, 1)] = True
+            commit(x[begin:end], chosen, tokens, margins)
     return x[len(prompt) : total].tolist()

@@ -56,7 +56,7 @@ class Weights(nn.Module):
         self.table = random(VOCABULARY, HIDDEN)
         self.places = random(CONTEXT, HIDDEN)
         # Small, so that probabilities stay far enough from 1 for fp32 to tell them apart.
-        self.head = random(VOCABULARY, HIDDEN, scale=0.25)
+        self.head = random(VOCABULARY, HIDDEN, scale=0.1)
         scale = HIDDEN**-0.5
         for layer in range(LAYERS):
             for name in "qkvou":

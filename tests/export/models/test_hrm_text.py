@@ -21,6 +21,7 @@ from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import CheckpointError
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import Recipe, Rule, Scheme, preset
+from tests.support.clear_choices import greedy as greedy_tokens
 
 # fp32 reassociation over 8 runs of 2 layers stays near 5e-6 on normed states of scale 1 to 3.
 TOLERANCE = 1e-4
@@ -175,9 +176,9 @@ def test_greedy_generation_is_token_for_token_that_of_transformers(
     session = eager_engine(stage(save(reference, tmp_path / "hf"))).session()
     prompt = prompt_and_answer(seed=9)[0]
     prefix = {"token_type_ids": torch.ones_like(prompt)} if reference.config.prefix_lm else {}
-    expected = reference.generate(prompt, max_new_tokens=24, do_sample=False, **prefix)
+    expected = greedy_tokens(reference, prompt, 24, **prefix)
     result = session.generate(prompt[0].tolist(), max_new_tokens=24, seed=0)
-    assert list(result.tokens) == expected[0, PROMPT:].tolist()
+    assert list(result.tokens) == expected
     assert len(set(result.tokens)) > 4  # not one token over and over
 
 
@@ -198,13 +199,17 @@ def test_every_weight_changes_the_result(tmp_path: Path) -> None:
 
 
 def test_weights_load_by_fused_and_by_separate_names(tmp_path: Path) -> None:
+    """Equal but for rounding: a fused product is cut into other tiles than separate ones, and so
+    adds in another order on some processors."""
     reference = random_model(seed=2)
     fused = save(reference, tmp_path / "fused")
     apart = save(reference, tmp_path / "apart", save_original_format=False)
     assert any("gqkv_proj" in name for name in fused.names())
     assert not any("gqkv_proj" in name for name in apart.names())
-    ours = [our_states(eager_stages(stage(c)), prompt_and_answer(), True) for c in (fused, apart)]
-    assert torch.equal(*ours)
+    one, other = (
+        our_states(eager_stages(stage(c)), prompt_and_answer(), True) for c in (fused, apart)
+    )
+    assert (one - other).abs().max() <= TOLERANCE
 
 
 def test_config_without_layers_per_stack_means_those_of_one_stack(tmp_path: Path) -> None:
