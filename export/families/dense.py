@@ -10,6 +10,7 @@ from export.contract.styles import STYLES
 from export.families.dense_formats import APPROXIMATE_CACHE, EXACT_CACHE, FORMATS, Masked
 from export.families.description import (
     Description,
+    Sizes,
     autoregressive_sampler,
     context_of,
     sampler_of,
@@ -63,22 +64,16 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(Sizes):
     """The fields of config.json that shape the layers.
 
     ties: whether the vocabulary head is the embedding table; None: it is where no head is stored.
     """
 
-    vocabulary_size: int
-    hidden_size: int
-    intermediate_size: int
     num_layers: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
     rope_theta: float
-    max_positions: int
     ties: bool | None = None
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
@@ -143,16 +138,11 @@ def _hugging_face(section: Section, layers: str) -> DenseConfig:
     theta, scaling = _rope(section)
     ties = section.get("tie_word_embeddings")
     return DenseConfig(
-        vocabulary_size=section.size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=section.size("intermediate_size"),
+        **Sizes.read(section),
         num_layers=num_layers,
-        num_heads=heads,
         num_kv_heads=section.size("num_key_value_heads", heads),
         head_dim=divided(hidden, heads) if is_derived else section.size("head_dim"),
-        norm_eps=section.number("rms_norm_eps"),
         rope_theta=theta,
-        max_positions=section.size("max_position_embeddings"),
         ties=ties if isinstance(ties, bool) else None,
         has_qk_norm=layers == "qwen3",
         has_qkv_bias=layers == "qwen2",
@@ -293,11 +283,7 @@ def _layers_of(config: DenseConfig) -> dict[str, Any]:
     """What the shape of every format says of the layers."""
     attention = Attention(KIND, config.num_heads, config.num_kv_heads, config.head_dim)
     return {
-        "vocabulary_size": config.vocabulary_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_layers": config.num_layers,
-        "maximum_positions": config.max_positions,
+        **config.of_shape(),
         "weights": tuple(_weights(config)),
         "attentions": (attention,) * config.num_layers,
         "elementwise": _elementwise(config),

@@ -12,11 +12,46 @@ from typing import Any, Generic, TypeVar
 
 from export.contract.bundle import Call, Decoding, Sampler
 from export.contract.styles import Style
+from export.families.fields import Section
 from export.families.shapes import ModelShape
 from export.families.tokens import TokenNames
 from quantize.errors import CheckpointError, InputError
 
-Config = TypeVar("Config", covariant=True)
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the config.json of every family states; the base of the families' own types."""
+
+    vocabulary_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    norm_eps: float
+    max_positions: int
+
+    @staticmethod
+    def read(section: Section) -> dict[str, Any]:
+        """These fields, by transformers' keys."""
+        return {
+            "vocabulary_size": section.size("vocab_size"),
+            "hidden_size": section.size("hidden_size"),
+            "intermediate_size": section.size("intermediate_size"),
+            "num_heads": section.size("num_attention_heads"),
+            "norm_eps": section.number("rms_norm_eps"),
+            "max_positions": section.size("max_position_embeddings"),
+        }
+
+    def of_shape(self) -> dict[str, Any]:
+        """The fields of `ModelShape` that follow from them."""
+        return {
+            "vocabulary_size": self.vocabulary_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "maximum_positions": self.max_positions,
+        }
+
+
+Config = TypeVar("Config", bound=Sizes, covariant=True)
 
 TRUNCATION = ("top_p", "top_k")
 

@@ -8,9 +8,16 @@ from typing import Any
 
 from export.contract.bundle import Sampler
 from export.contract.styles import STYLES
-from export.families.description import Description, context_of, sampler_of
+from export.families.description import Description, Sizes, context_of, sampler_of
 from export.families.fields import Section, model_type_of
-from export.families.gemma import SLIDING, RotaryConfig, heads_of, layer_kinds, rotary_of
+from export.families.gemma import (
+    SLIDING,
+    RotaryConfig,
+    attention_weights,
+    heads_of,
+    layer_kinds,
+    rotary_of,
+)
 from export.families.shapes import (
     Attention,
     Elementwise,
@@ -47,21 +54,15 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionGemmaConfig:
+class DiffusionGemmaConfig(Sizes):
     """The fields of `config.json` that shape the text model; nothing is defaulted from a class."""
 
-    vocabulary_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
     num_experts: int
     top_k: int
     expert_size: int
     sliding_window: int
     soft_cap: float
-    norm_eps: float
     canvas_length: int
-    max_positions: int
     attention_bias: bool
     layers: tuple[LayerConfig, ...]
     rotary: dict[str, RotaryConfig]
@@ -85,18 +86,13 @@ class DiffusionGemmaConfig:
         if top_k > num_experts:
             raise CheckpointError(f"config.json has top_k_experts {top_k} of {num_experts} experts")
         return cls(
-            vocabulary_size=text.size("vocab_size"),
-            hidden_size=text.size("hidden_size"),
-            intermediate_size=text.size("intermediate_size"),
-            num_heads=text.size("num_attention_heads"),
+            **cls.read(text),
             num_experts=num_experts,
             top_k=top_k,
             expert_size=text.size("moe_intermediate_size"),
             sliding_window=text.size("sliding_window"),
             soft_cap=text.number("final_logit_softcapping"),
-            norm_eps=text.number("rms_norm_eps"),
             canvas_length=whole.size("canvas_length"),
-            max_positions=text.size("max_position_embeddings"),
             attention_bias=text.flag("attention_bias"),
             layers=tuple(
                 LayerConfig(kind, *heads_of(text, i, kind, global_kv_heads=True))
@@ -119,13 +115,9 @@ def describe(files: ModelFiles, maximum_context: int | None) -> Description[Diff
     shape = ModelShape(
         family="diffusion_gemma",
         style=STYLE,
-        vocabulary_size=config.vocabulary_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=len(config.layers),
+        **config.of_shape(),
         canvas_length=canvas,
         block_length=0,
-        maximum_positions=config.max_positions,
         default_context=context,
         weights=tuple(_weights(config)),
         attentions=tuple(
@@ -161,14 +153,10 @@ def _weights(config: DiffusionGemmaConfig) -> list[Weight]:
         at, kind = f"{DECODER}layers.{i}.", layer.kind
         query = config.num_heads * layer.head_dim
         kv = layer.num_kv_heads * layer.head_dim
-        projections = [("q_proj", query, hidden), ("k_proj", kv, hidden), ("o_proj", hidden, query)]
-        projections += [("v_proj", kv, hidden)] * layer.has_values
-        for name, rows, columns in projections:
-            found += linear(
-                f"{at}self_attn.{name}", (rows, columns), "attention", kind,
-                bias=config.attention_bias,
-            )  # fmt: skip
-        found += norms(f"{at}self_attn.", ("q_norm", "k_norm"), layer.head_dim, kind, "attention")
+        found += attention_weights(
+            at, kind, hidden, query, kv, layer.head_dim,
+            has_values=layer.has_values, bias=config.attention_bias,
+        )  # fmt: skip
         found += gated_mlp(f"{at}mlp.", hidden, inner, kind)
         found += linear(f"{at}router.proj", (experts, hidden), "router", kind)
         found += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from export.families.fields import Section, check_heads
+from export.families.shapes import Weight, linear, norms
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -54,6 +55,21 @@ def heads_of(text: Section, layer: int, kind: str, *, global_kv_heads: bool) -> 
         kv_heads = own.size("num_key_value_heads", kv_heads)
     check_heads(f"layer {layer} ", text.size("num_attention_heads"), kv_heads, head_dim)
     return head_dim, kv_heads
+
+
+def attention_weights(
+    at: str, kind: str, hidden: int, query: int, kv: int, head_dim: int, *,
+    owns_cache: bool = True, has_values: bool, bias: bool,
+) -> list[Weight]:  # fmt: skip
+    """The weights of a layer's attention; one that reads another's cache has no keys or values."""
+    parts = [("q_proj", (query, hidden)), ("o_proj", (hidden, query))]
+    if owns_cache:
+        parts += [("k_proj", (kv, hidden))] + [("v_proj", (kv, hidden))] * has_values
+    found: list[Weight] = []
+    for name, shape in parts:
+        found += linear(f"{at}self_attn.{name}", shape, "attention", kind, bias=bias)
+    head_norms = ("q_norm", "k_norm") if owns_cache else ("q_norm",)
+    return found + norms(f"{at}self_attn.", head_norms, head_dim, kind, "attention")
 
 
 def rotary_of(text: Section, kinds: list[str]) -> dict[str, RotaryConfig]:

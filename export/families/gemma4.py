@@ -9,12 +9,21 @@ from typing import Any
 from export.contract.styles import STYLES
 from export.families.description import (
     Description,
+    Sizes,
     autoregressive_sampler,
     context_of,
     truncates,
 )
 from export.families.fields import Section, model_type_of
-from export.families.gemma import FULL, SLIDING, RotaryConfig, heads_of, layer_kinds, rotary_of
+from export.families.gemma import (
+    FULL,
+    SLIDING,
+    RotaryConfig,
+    attention_weights,
+    heads_of,
+    layer_kinds,
+    rotary_of,
+)
 from export.families.shapes import (
     Attention,
     Elementwise,
@@ -57,7 +66,7 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
-class Gemma4Config:
+class Gemma4Config(Sizes):
     """The fields of `config.json` that shape the text model; nothing is defaulted from a class.
 
     per_layer_size: channels of the per-layer embedding, 0 for a model without one. soft_cap: of
@@ -65,13 +74,7 @@ class Gemma4Config:
     """
 
     prefix: str
-    vocabulary_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
     sliding_window: int
-    norm_eps: float
-    max_positions: int
     attention_bias: bool
     per_layer_size: int
     per_layer_vocabulary: int
@@ -111,14 +114,9 @@ class Gemma4Config:
             soft_cap = text.number("final_logit_softcapping")
         layers = _layers(text)
         return cls(
+            **cls.read(text),
             prefix=PREFIXES[model_type],
-            vocabulary_size=vocabulary,
-            hidden_size=text.size("hidden_size"),
-            intermediate_size=text.size("intermediate_size"),
-            num_heads=text.size("num_attention_heads"),
             sliding_window=text.size("sliding_window"),
-            norm_eps=text.number("rms_norm_eps"),
-            max_positions=text.size("max_position_embeddings"),
             attention_bias=text.flag("attention_bias"),
             per_layer_size=per_layer_size,
             per_layer_vocabulary=per_layer_vocabulary,
@@ -184,11 +182,7 @@ def describe(files: ModelFiles, maximum_context: int | None) -> Description[Gemm
     shape = ModelShape(
         family="gemma4",
         style=STYLE,
-        vocabulary_size=config.vocabulary_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=len(config.layers),
-        maximum_positions=config.max_positions,
+        **config.of_shape(),
         default_context=context_of(
             maximum_context, default=DEFAULT_CONTEXT, largest=config.max_positions, least=1
         ),
@@ -235,16 +229,10 @@ def _layer_weights(config: Gemma4Config, index: int) -> list[Weight]:
     layer, at = config.layers[index], f"{config.prefix}layers.{index}."
     kind, hidden, per_layer = layer.kind, config.hidden_size, config.per_layer_size
     query, kv = config.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    attention, head_norms = [("q_proj", query, hidden), ("o_proj", hidden, query)], ["q_norm"]
-    if layer.source == index:
-        attention += [("k_proj", kv, hidden)] + [("v_proj", kv, hidden)] * layer.has_values
-        head_norms.append("k_norm")
-    found: list[Weight] = []
-    for name, rows, columns in attention:
-        found += linear(
-            f"{at}self_attn.{name}", (rows, columns), "attention", kind, bias=config.attention_bias
-        )
-    found += norms(f"{at}self_attn.", head_norms, layer.head_dim, kind, "attention")
+    found = attention_weights(
+        at, kind, hidden, query, kv, layer.head_dim, owns_cache=layer.source == index,
+        has_values=layer.has_values, bias=config.attention_bias,
+    )  # fmt: skip
     found += gated_mlp(f"{at}mlp.", hidden, layer.intermediate_size, kind)
     layer_norms = [
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",

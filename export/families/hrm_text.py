@@ -10,6 +10,7 @@ from export.contract.bundle import Call
 from export.contract.styles import STYLES
 from export.families.description import (
     Description,
+    Sizes,
     autoregressive_sampler,
     context_of,
     truncates,
@@ -37,25 +38,19 @@ STACKS: dict[StackName, str] = {"low": "L_module", "high": "H_module"}
 
 
 @dataclass(frozen=True)
-class HrmTextConfig:
+class HrmTextConfig(Sizes):
     """The fields of `config.json` that shape the model; nothing is defaulted from a class.
 
     num_layers: transformer layers of one stack. high_cycles: turns of the high-level stack in a
     pass. low_cycles: turns of the low-level stack before each of them.
     """
 
-    vocabulary_size: int
-    hidden_size: int
-    intermediate_size: int
     num_layers: int
-    num_heads: int
     head_dim: int
     high_cycles: int
     low_cycles: int
-    norm_eps: float
     rotary_theta: float
     embedding_scale: float
-    max_positions: int
     prefix_lm: bool
     tied_head: bool
 
@@ -77,21 +72,16 @@ class HrmTextConfig:
             raise section.refusal("head_dim", "rotary embedding needs an even one")
         scale = section.get("embedding_scale")
         return cls(
-            vocabulary_size=section.size("vocab_size"),
-            hidden_size=section.size("hidden_size"),
-            intermediate_size=section.size("intermediate_size"),
+            **cls.read(section),
             num_layers=_num_layers(section),
-            num_heads=section.size("num_attention_heads"),
             head_dim=head_dim,
             high_cycles=section.size("H_cycles"),
             low_cycles=section.size("L_cycles"),
-            norm_eps=section.number("rms_norm_eps"),
             rotary_theta=_rotary_theta(section),
             # As in the reference's config class.
             embedding_scale=1.0 / section.number("initializer_range")
             if scale is None
             else section.number("embedding_scale"),
-            max_positions=section.size("max_position_embeddings"),
             prefix_lm=section.flag("prefix_lm", default=True),
             tied_head=section.flag("tie_word_embeddings"),
         )
@@ -143,11 +133,7 @@ def describe(files: ModelFiles, maximum_context: int | None) -> Description[HrmT
     shape = ModelShape(
         family="hrm_text",
         style=STYLE,
-        vocabulary_size=config.vocabulary_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=2 * config.num_layers,
-        maximum_positions=config.max_positions,
+        **config.of_shape(),
         default_context=context_of(
             maximum_context, default=DEFAULT_CONTEXT, largest=config.max_positions, least=1
         ),

@@ -141,7 +141,6 @@ class ModelShape:
     vocabulary_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     maximum_positions: int
     default_context: int
     weights: tuple[Weight, ...]
@@ -158,6 +157,11 @@ class ModelShape:
     num_experts: int = 0
     top_k: int = 0
     expert_size: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with weights of their own."""
+        return len(self.attentions)
 
     @property
     def total_parameters(self) -> int:

@@ -8,12 +8,12 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor
 
 from export.contract.bundle import Experts, Sampler
-from export.families.description import TRUNCATION, Description
+from export.families.description import TRUNCATION, Description, Sizes
 from export.models.head_stages import autoregressive_head_stage, masked_head_stage
 from export.models.staging import StageModule
 from quantize.checkpoint import Checkpoint
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Sizes)
 
 
 @dataclass(frozen=True)

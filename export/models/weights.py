@@ -84,22 +84,19 @@ def unused_note(names: Iterable[str]) -> list[str]:
     return [f"skipped {len(unused)} tensors this architecture does not use: {unused[:3]}"]
 
 
-class RenamedWeights:
+class RenamedWeights(Weights):
     """Weights under the names that another layer's have."""
 
     def __init__(self, weights: Weights, own_name: Callable[[str], str]) -> None:
         self._weights, self._own_name = weights, own_name
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `Checkpoint.shape`."""
         return self._weights.shape(self._own_name(name))
 
     def get(self, name: str, index: int | None = None) -> Tensor:
-        """See `Checkpoint.get`."""
         return self._weights.get(self._own_name(name), index)
 
     def get_packed(self, name: str, index: int | None = None) -> PackedIntegers | None:
-        """See `Checkpoint.get_packed`."""
         return self._weights.get_packed(self._own_name(name), index)
 
 
@@ -117,7 +114,7 @@ def other_layers(from_layer: int, to_layer: int) -> Callable[[str], str]:
     return rename
 
 
-class RandomWeights:
+class RandomWeights(Weights):
     """Random weights of the form of others: types, shapes, groups, zero points.
 
     No two tensors are equal, so that each can be found again in a program that was made with them;
@@ -129,16 +126,13 @@ class RandomWeights:
         self.asked: list[tuple[str, int | None]] = []
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `Checkpoint.shape`."""
         return self._weights.shape(name)
 
     def get(self, name: str, index: int | None = None) -> Tensor:
-        """See `Checkpoint.get`."""
         self.asked.append((name, index))
         return self._make(name, index)
 
     def get_packed(self, name: str, index: int | None = None) -> PackedIntegers | None:
-        """See `Checkpoint.get_packed`."""
         weight = self._make(name, index)
         if not isinstance(weight, IntxUnpackedToInt8Tensor):
             return None

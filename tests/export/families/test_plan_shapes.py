@@ -3,7 +3,6 @@ the parameter counts that were published. CPU only, no weights (meta tensors) or
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -15,14 +14,12 @@ import torch
 import transformers
 
 from export.families import read_shape
-from export.families.shapes import ModelShape, Weight, expected_distinct
-from export.models import stage_model
+from export.families.shapes import ModelShape, expected_distinct
 from export.plan.layout import checkpoint_bytes, lay_out, scheme_of
 from export.plan.presets import names, read_config, source
-from quantize.checkpoint import open_checkpoint
 from quantize.errors import CheckpointError, InputError
 from quantize.recipe import Scheme, preset
-from tests.support import dense_checkpoints, hf_reference
+from tests.support import hf_reference
 
 ROOT = Path(__file__).parents[3]
 INT4 = preset("int4-g32")
@@ -124,116 +121,6 @@ def _shared_kv(name: str) -> tuple[str, ...]:
     layers = [i for i, a in enumerate(shape.attentions) if not a.owns_cache]
     parts = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
     return tuple(f"layers.{i}.self_attn.{part}" for i in layers for part in parts)
-
-
-# --- the exporter's own modules ----------------------------------------------------------------
-
-
-def _read(folder: Path) -> tuple[ModelShape, Any]:
-    config = json.loads((folder / "config.json").read_text())
-    return read_shape(config, folder.name), open_checkpoint(folder)
-
-
-def _check_against(shape: ModelShape, checkpoint: Any) -> None:
-    """Every weight of the plan is in the checkpoint, in its shape; what the checkpoint has beyond
-    is tied, unused or of another modality."""
-    stored = checkpoint.names()
-    for weight in shape.weights:
-        name = _as_stored(weight, stored)
-        if name is not None:
-            assert tuple(checkpoint.shape(name)) == weight.shape, weight.name
-    planned = {weight.name for weight in shape.weights}
-    beyond = {
-        name
-        for name in stored - planned
-        if not any(part in name for part in ("vision", "encoder.language_model", "rotary_emb"))
-    }
-    beyond -= {"lm_head.weight"} if shape.head_table == shape.embedding else set()
-    assert not {name for name in beyond if "gqkv" not in name and "_proj" not in name}
-
-
-def _as_stored(weight: Weight, stored: set[str]) -> str | None:
-    """Its name there; None where the checkpoint has the parts that the graph fuses."""
-    if weight.name in stored:
-        return weight.name
-    assert any(part in weight.name for part in ("gqkv_proj", "gate_up_proj")), weight.name
-    return None
-
-
-@pytest.mark.parametrize("kind", sorted(dense_checkpoints.REFERENCE_OF))
-def test_dense_formats_have_the_tensors_of_their_checkpoints(kind: str, tmp_path: Path) -> None:
-    folder = tmp_path / f"tiny-{kind}-bd3lm"
-    dense_checkpoints.write(folder, kind)
-    shape, checkpoint = _read(folder)
-    _check_against(shape, checkpoint)
-    model = stage_model(checkpoint)
-    info, decoding = model.info, model.decoding
-    assert shape.style.name == model.style
-    assert shape.canvas_length == info.canvas_length
-    assert shape.default_context == info.maximum_context
-    assert shape.prefill_length(info.maximum_context) == decoding.prefill_length
-    assert shape.block_length == decoding.block_length
-    assert shape.truncation == ("top_p" in model.sampler.settings)
-    _check_memory(shape, model)
-
-
-def test_diffusion_gemma_has_the_tensors_of_its_checkpoint(tmp_path: Path) -> None:
-    folder = hf_reference.save(
-        hf_reference.random_model(hf_reference.tiny_config(), seed=0), tmp_path / "tiny"
-    )
-    shape, checkpoint = _read(folder)
-    _check_against(shape, checkpoint)
-    model = stage_model(checkpoint)
-    assert shape.default_context == model.info.maximum_context
-    assert shape.canvas_length == model.info.canvas_length
-    _check_memory(shape, model)
-
-
-@pytest.mark.parametrize("shared", [0, 2])
-def test_gemma_4_has_the_tensors_and_caches_of_its_stages(shared: int, tmp_path: Path) -> None:
-    config = transformers.Gemma4TextConfig(
-        vocab_size=96, vocab_size_per_layer_input=96, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2,
-        num_attention_heads=4, num_key_value_heads=1, head_dim=16, global_head_dim=32,
-        hidden_size_per_layer_input=32, num_kv_shared_layers=shared, use_double_wide_mlp=True,
-        sliding_window=6, max_position_embeddings=256, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path)
-    shape, checkpoint = _read(tmp_path)
-    _check_against(shape, checkpoint)
-    _check_memory(shape, stage_model(checkpoint))
-
-
-@pytest.mark.parametrize("prefix_lm", [True, False])
-def test_hrm_text_has_the_caches_of_all_its_runs(prefix_lm: bool, tmp_path: Path) -> None:
-    config = transformers.HrmTextConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, head_dim=16, max_position_embeddings=64, prefix_lm=prefix_lm,
-    )  # fmt: skip
-    transformers.HrmTextForCausalLM(config).save_pretrained(tmp_path)
-    shape, checkpoint = _read(tmp_path)
-    model = stage_model(checkpoint)
-    assert shape.prefill_length(64) == model.decoding.prefill_length
-    calls = [call.stage for call in model.schedule]
-    assert {w.runs for w in shape.weights if w.kind == "low"} == {calls.count("low")}
-    assert {w.runs for w in shape.weights if w.kind == "high"} == {calls.count("high")}
-    _check_memory(shape, model)
-
-
-def _check_memory(shape: ModelShape, model: Any) -> None:
-    """Caches to the byte, and as many numbers in the modules as the plan has weights."""
-    caches = weights = 0
-    for stage in model.stages[:-1]:
-        module = stage.load()
-        for name, buffer in module.named_buffers():
-            if name.endswith(("key_cache", "value_cache")):
-                caches += buffer.numel() * buffer.element_size()
-            weights += buffer.numel() if name.endswith("layer_scalar") else 0
-        weights += sum(parameter.numel() for parameter in module.parameters())
-    assert shape.kv_bytes(model.info.maximum_context) == caches
-    own_head = shape.weight(shape.head_table)
-    expected = shape.total_parameters - (own_head.parameters if own_head.use == "product" else 0)
-    assert weights == expected
 
 
 # --- the parts of a plan -----------------------------------------------------------------------
