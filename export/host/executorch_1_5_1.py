@@ -22,8 +22,16 @@ SCALAR_TYPES = {
 """ScalarType of runtime/core/portable_type/scalar_type.h -> dtype."""
 
 
-class Bindings:
+def import_bindings() -> Any:
     """`executorch.extension.pybindings._C`, with all operator libraries registered."""
+    with captured_stderr():
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.extension.pybindings import _C
+    return _C
+
+
+class Bindings:
+    """What loads programs, with a thread pool of a size."""
 
     def __init__(self, threads: int | None = None) -> None:
         """threads: of programs that are loaded from now on; None: as many as the library chooses.
@@ -38,15 +46,12 @@ class Bindings:
                 f"ExecuTorch has the version {version}, this program is made for {VERSION}; "
                 f"install executorch=={VERSION}"
             )
-        with captured_stderr():  # the library logs how it counted the cores
-            import executorch.kernels.quantized  # noqa: F401
-            from executorch.extension.pybindings import _C
-
-            self._library: Any = _C
+        self._library = import_bindings()
+        with captured_stderr():  # it logs how it counted the cores
             # Before any method is loaded: a delegate keeps the pool's size it was loaded with.
             if threads is not None:
-                _C._unsafe_reset_threadpool(min(threads, _usable_cores()))
-            self.threads: int = _C._threadpool_get_thread_count()
+                self._library._unsafe_reset_threadpool(min(threads, _usable_cores()))
+            self.threads: int = self._library._threadpool_get_thread_count()
 
     def load_program(self, path: str, data_path: str | None = None) -> Any:
         """A program from its file, and its weights from another; RuntimeError if it cannot be."""

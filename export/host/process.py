@@ -1,4 +1,4 @@
-"""What the operating system knows about this process, and what native libraries tell it."""
+"""What the operating system states about this process, and what native libraries log."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ def peak_rss_bytes() -> int:
 
     From /proc where there is one: `getrusage` there inherits the peak of the parent process.
     """
-    told = _told("status", "VmHWM")
-    if told is not None:
-        return told * 1024
+    kib = _proc_value("status", "VmHWM")
+    if kib is not None:
+        return kib * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_address_space_bytes() -> int:
+    """The largest address space of this process so far; 0 where the system does not state it."""
+    return (_proc_value("status", "VmPeak") or 0) * 1024
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -38,20 +43,20 @@ def die_with_parent() -> None:
 
 
 def resident_bytes(kind: Literal["RssAnon", "RssFile", "RssShmem"]) -> int:
-    """What this process has resident: its own, of mapped files, shared; 0 where it is not told."""
-    return (_told("status", kind) or 0) * 1024
+    """Resident bytes of its own, of mapped files, shared; 0 where the system does not state them."""
+    return (_proc_value("status", kind) or 0) * 1024
 
 
 def storage_read_bytes() -> int | None:
     """What this process has had read from storage so far, its threads and read-ahead included.
 
-    read_bytes of /proc/self/io; None where it is not told.
+    read_bytes of /proc/self/io; None where there is none.
     """
-    return _told("io", "read_bytes")
+    return _proc_value("io", "read_bytes")
 
 
-def _told(file: str, name: str) -> int | None:
-    """The number behind a name in a file of /proc/self; None where it is not told."""
+def _proc_value(file: str, name: str) -> int | None:
+    """The number behind a name in a file of /proc/self; None where there is none."""
     try:
         for line in Path("/proc/self", file).read_text(encoding="ascii").splitlines():
             if line.startswith(name + ":"):
@@ -62,7 +67,7 @@ def _told(file: str, name: str) -> int | None:
 
 
 def processor_name() -> str:
-    """The processor's model where the system tells it, the machine's kind elsewhere."""
+    """The processor's model where the system states it, the machine's kind elsewhere."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.lower().startswith(("model name", "hardware")):
@@ -104,7 +109,7 @@ def captured_stderr() -> Iterator[CapturedText]:
 
 
 def return_large_blocks() -> None:
-    """Have glibc give blocks of a mebibyte and more back to the system when they are freed.
+    """Have glibc return blocks of a mebibyte and more to the system when they are freed.
 
     It raises that limit to 32 MiB by itself, and then keeps tens of megabytes between what stays:
     lowering a vocabulary head of 262,144 x 2816 took up to 9.2 GiB so. Of this process, from now
