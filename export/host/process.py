@@ -43,7 +43,7 @@ def die_with_parent() -> None:
 
 
 def resident_bytes(kind: Literal["RssAnon", "RssFile", "RssShmem"]) -> int:
-    """Resident bytes of its own, of mapped files, shared; 0 where the system does not state them."""
+    """Resident bytes: its own, of mapped files, or shared; 0 where the system states none."""
     return (_proc_value("status", kind) or 0) * 1024
 
 

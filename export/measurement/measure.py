@@ -91,12 +91,13 @@ def measure(folder: Path, threads: int | None) -> dict[str, Any]:
 
 
 def import_all() -> None:
-    """What `export.host.runner` has imported when it loads a bundle."""
+    """What the runner has imported when it loads a bundle."""
     import jinja2.sandbox  # noqa: F401
     import tokenizers  # noqa: F401
 
     import export.contract.bundle
-    import export.host.runner
+    import export.host.runner.progress
+    import export.host.runner.work
     import export.host.tokenizer  # noqa: F401
 
 

@@ -7,88 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from export.contract.bundle import Bundle, open_bundle
-from export.contract.runner_protocol import RunRequest, parse_event, parse_result, read_request
-from export.host import memory_sampler
+from export.contract.bundle import Bundle, open_bundle, write_bundle
+from export.contract.runner_protocol import parse_event, parse_result, read_request
 from export.host.bundle_engine import open_engine
-from export.host.runner import _failure, read_temperatures, run
-from export.host.streaming import page_cache
+from export.host.runner.run import run
 from export.host.tokenizer import open_tokenizer
+from tests.support.runner_process import (
+    REPOSITORY,
+    TIMEOUT_S,
+    expect_failure,
+    read_back,
+    start,
+    tokens_of,
+    wait_for_event,
+    write_request,
+)
 
-REPOSITORY = Path(__file__).parents[3]
-TIMEOUT_S = 120
 ENDLESS = 1_000_000
 """Denoising steps; a run that is not ended from outside takes minutes."""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
-
-
-def write_request(folder: Path, bundle: Path, **changes: Any) -> Path:
-    fields = {"prompts": ((3, 4, 5),), "max_new_tokens": 12, "threads": 1} | changes
-    request = RunRequest(run_id="r-1", bundle=str(bundle), **fields)
-    path = folder / "request.json"
-    path.write_bytes(request.to_bytes())
-    return path
-
-
-def read_back(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Events and result, each checked against the protocol."""
-    lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
-    assert all(line.endswith(b"\n") for line in lines)
-    result = parse_result((folder / "result.json").read_bytes())
-    assert not (folder / "result.json.part").exists()
-    return [parse_event(line) for line in lines], result
-
-
-def tokens_of(answer: dict[str, Any]) -> tuple[int, ...]:
-    """Tokens of all canvases."""
-    return tuple(token for canvas in answer["canvases"] for token in canvas["tokens"])
-
-
-def start(request: Path, *options: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, *options, "-m", "export.host.runner", str(request)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_for_event(process: subprocess.Popen[bytes], folder: Path, kind: str) -> None:
-    events = folder / "events.jsonl"
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (events.exists() and f'"event":"{kind}"'.encode() in events.read_bytes()):
-        assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def expect_failure(folder: Path, bundle: Path, reason: str, **changes: Any) -> str:
-    """Run to the failure; returns its sentence."""
-    assert run(write_request(folder, bundle, **changes)) == 3
-    events, result = read_back(folder)
-    assert result["status"] == "failed" and result["run_id"] == "r-1"
-    assert events[-1]["event"] == "failed" and events[-1]["reason"] == reason
-    assert result["failure"] == {"reason": reason, "sentence": events[-1]["sentence"]}
-    return events[-1]["sentence"]
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
@@ -202,7 +149,7 @@ def test_nothing_heavy_is_imported_for_what_is_refused(folder: Path, toy_bundle:
     request = write_request(folder, toy_bundle)
     code = (
         "import sys, pathlib\n"
-        "from export.host.runner import run\n"
+        "from export.host.runner.run import run\n"
         f"code = run(pathlib.Path({str(request)!r}))\n"
         "print(code, 'torch' in sys.modules, 'executorch' in sys.modules)"
     )
@@ -368,138 +315,6 @@ def test_a_full_disk_is_told_in_the_reserved_result(folder: Path, toy_bundle: Pa
         parse_event(line)
 
 
-@pytest.mark.parametrize(
-    ("error", "limit_bytes", "reason"),
-    [
-        (MemoryError("std::bad_alloc"), None, "out_of_memory"),
-        (OSError(12, "Cannot allocate memory"), None, "out_of_memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), None, "out_of_memory"),
-        (RuntimeError("method->execute() failed with error 0x1"), 1, "out_of_memory"),
-        (RuntimeError("method->execute() failed with error 0x1"), 1 << 62, "internal"),
-        (RuntimeError("method->execute() failed with error 0x1"), None, "internal"),
-        (OSError(28, "No space left on device", "/x/events.jsonl"), None, "storage_full"),
-        (PermissionError(13, "Permission denied"), None, "internal"),
-        (ValueError("line one\nline two\x1b[31m"), None, "internal"),
-    ],
-)
-def test_names_what_ended_a_run(error: Exception, limit_bytes: int | None, reason: str) -> None:
-    failure = _failure(error, limit_bytes)
-    assert failure["reason"] == reason
-    assert failure["sentence"].isprintable()
-
-
-def test_dropped_files_leave_the_page_cache(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    file.write_bytes(os.urandom(2**20))
-    before = page_cache.resident_share([file])
-    assert before == 1.0
-    page_cache.drop([file])
-    after = page_cache.resident_share([file])
-    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True)
-    if kind.stdout.strip() in ("tmpfs", "ramfs"):
-        assert after == 1.0
-    else:
-        assert after < before
-    file.read_bytes()[: 2**19]
-    assert page_cache.resident_share([file]) == 1.0
-
-
-@pytest.mark.skipif(not shutil.which("fincore"), reason="util-linux has no fincore here")
-def test_resident_share_is_that_of_fincore(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    file.write_bytes(os.urandom(8 * 2**20 + 5))
-    page_cache.drop([file])
-    with file.open("rb") as opened:
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
-        os.pread(opened.fileno(), 2**20, 3 * 2**20)
-        told = page_cache.resident_share([file])
-        done = subprocess.run(
-            ["fincore", "--json", "--bytes", str(file)], capture_output=True, check=True
-        )
-    pages = int(json.loads(done.stdout)["fincore"][0]["pages"])
-    assert told == pytest.approx(pages / 2049, abs=1e-9)
-
-
-def test_a_share_that_cannot_be_told_is_none(tmp_path: Path) -> None:
-    assert page_cache.resident_share([tmp_path / "missing"]) is None
-    assert page_cache.resident_share([]) is None
-
-
-def test_a_sample_of_a_process_that_is_gone_is_empty() -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    assert set(memory_sampler.sample(process.pid).values()) == {None}
-
-
-def test_a_sample_follows_what_is_allocated() -> None:
-    # In a process of its own: here, freed memory of earlier tests would be used again.
-    script = """
-import mmap
-from export.host import memory_sampler
-before = memory_sampler.sample()["anonymous_bytes"]
-held = mmap.mmap(-1, 32 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-held.write(b"x" * len(held))
-print(memory_sampler.sample()["anonymous_bytes"] - before)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert 30 * 2**20 <= int(result.stdout) <= 80 * 2**20
-
-
-def test_temperatures_of_the_zones_that_can_be_read(tmp_path: Path) -> None:
-    zones = {
-        "thermal_zone0": ("cpu-0\n", "41500\n"),
-        "thermal_zone1": ("cpu-0\n", "42000\n"),
-        "thermal_zone2": ("no sensor\n", "-273000\n"),
-        "thermal_zone3": ("broken\n", "n/a\n"),
-        "thermal_zone4": ("off\n", None),
-    }
-    for name, (kind, value) in zones.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "type").write_text(kind)
-        if value is not None:
-            (tmp_path / name / "temp").write_text(value)
-    assert read_temperatures(tmp_path) == {"cpu-0": 41.5, "cpu-0 (thermal_zone1)": 42.0}
-    assert read_temperatures(tmp_path / "missing") == {}
-
-
-def test_temperatures_are_told_at_load_and_then_at_their_pace(
-    folder: Path, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    zone = tmp_path / "thermal" / "thermal_zone0"
-    zone.mkdir(parents=True)
-    (zone / "type").write_text("soc")
-    (zone / "temp").write_text("30000")
-
-    def told(interval_s: float) -> tuple[int, int]:
-        """Temperatures and canvases of a run."""
-        monkeypatch.setattr("export.host.runner._TEMPERATURE_INTERVAL_S", interval_s)
-        own = tmp_path / f"every {interval_s}"
-        own.mkdir()
-        # The two canvases that fit, whatever the model answers.
-        request = write_request(own, toy_bundle, force_steps=1, settings={"entropy_bound": 9.0})
-        assert run(request, zone.parent) == 0
-        events, result = read_back(own)
-        zones = [e["zones"] for e in events if e["event"] == "temperature"]
-        assert zones == [{"soc": 30.0}] * len(zones)
-        return len(zones), len(result["answers"][0]["canvases"])
-
-    often, canvases = told(0.0)
-    assert often == 1 + canvases
-    assert told(3600.0) == (1, canvases)
-
-
-def test_the_text_is_told_at_its_pace_and_at_the_end(
-    folder: Path, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("export.host.runner._TEXT_INTERVAL_S", 3600.0)
-    assert run(write_request(folder, toy_bundle, max_new_tokens=30, seed=3)) == 0
-    events, result = read_back(folder)
-    texts = [e["text"] for e in events if e["event"] == "text"]
-    assert len(texts) <= 2 and texts[-1] == result["answers"][0]["text"]
-
-
 PROMPTS = ("hello", (3, 4, 5), "a")
 
 
@@ -531,6 +346,27 @@ def test_each_of_several_prompts_is_answered_as_if_it_were_alone(
         assert 0 < answer["first_commit_ms"] <= answer["total_ms"]
 
 
+@pytest.mark.parametrize("prompts", [("hello",), ("hello", "world")])
+def test_a_setting_that_the_program_does_not_heed_is_refused_for_one_prompt_and_for_several(
+    folder: Path, toy_programs: dict[str, bytes], toy_bundle: Path, prompts: tuple[str, ...]
+) -> None:
+    """The bundle's sampler states what its program heeds."""
+    bundle = open_bundle(toy_bundle)
+    heeded = {"max_steps": 5.0, "entropy_bound": 0.5}
+    sampler = replace(bundle.manifest.sampler, settings=heeded)
+    files = toy_programs | {"tokenizer.json": bundle.path("tokenizer.json").read_bytes()}
+    path = folder.parent / "heeding"
+    write_bundle(path, replace(bundle.manifest, sampler=sampler), files)
+    sentence = expect_failure(folder, path, "input", prompts=prompts, settings={"t_max": 0.9})
+    assert "has no setting t_max; it has max_steps, entropy_bound" in sentence
+    assert read_back(folder)[1]["answers"] == []
+    other = folder.parent / "heeded"
+    other.mkdir()
+    request = write_request(other, path, prompts=prompts, settings={"entropy_bound": 0.2})
+    assert run(request) == 0
+    assert len(read_back(other)[1]["answers"]) == len(prompts)
+
+
 def test_a_prompt_among_several_that_cannot_be_is_refused_before_loading(
     folder: Path, toy_bundle: Path
 ) -> None:
@@ -542,7 +378,6 @@ def test_a_prompt_among_several_that_cannot_be_is_refused_before_loading(
 def test_a_bundle_without_a_tokenizer_takes_tokens_and_gives_no_text(
     folder: Path, toy_programs: dict[str, bytes], tmp_path: Path
 ) -> None:
-    from export.contract.bundle import write_bundle
     from tests.support import toy_model
 
     write_bundle(tmp_path / "bare", toy_model.manifest(), toy_programs)
