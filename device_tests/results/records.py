@@ -6,6 +6,7 @@ What a record's metrics mean and how records are compared is not known here. The
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from quantize.errors import OutputError, UserError
+from quantize.files.json_lines import append_bytes, open_for_append, parse_line
 
 SCHEMA_VERSION = 4
 """2 has the pass `puzzles`, 3 the load average; files of versions 1 and 2 are read too."""
@@ -81,18 +83,16 @@ def append(path: str | os.PathLike[str], record: Record) -> None:
         )
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        descriptor = open_for_append(path)
         try:
-            line = _close_last_line(descriptor, path) + line
-            start = os.fstat(descriptor).st_size
-            written = os.write(descriptor, line)
-            if written != len(line):  # a full disk: no half record may stay
-                os.ftruncate(descriptor, start)
-                raise OutputError(f"{path} has no room for another record; free space and resume")
-            os.fsync(descriptor)
+            append_bytes(descriptor, _close_last_line(descriptor, path) + line)
         finally:
             os.close(descriptor)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(
+                f"{path} has no room for another record; free space and resume"
+            ) from error
         raise _unwritable(path, error) from error
 
 
@@ -114,7 +114,7 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
                         f"{path} line {number} is longer than {MAXIMUM_LINE_BYTES} bytes; "
                         "give a results file of `pocketdiff bench`"
                     )
-                record = _parse(line)
+                record = parse_line(line)
                 if record is None and not line.endswith(b"\n"):
                     _log.warning(
                         "%s: line %d is unfinished (the bench was killed); left out", path, number
@@ -165,18 +165,6 @@ def _validator() -> Any:
     return Draft202012Validator(json.loads(schema))
 
 
-def _parse(line: bytes) -> Record | None:
-    try:
-        document = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a number in JSON")
-
-
 def _close_last_line(descriptor: int, path: Path) -> bytes:
     """Bring the file to the end of a line: cut an unfinished one, or return the missing newline."""
     size = os.fstat(descriptor).st_size
@@ -187,7 +175,7 @@ def _close_last_line(descriptor: int, path: Path) -> bytes:
     if b"\n" not in tail and start > 0:
         raise RecordError(f"{path} is no results file; give another one")
     last = tail[tail.rfind(b"\n") + 1 :]
-    if _parse(last) is not None:
+    if parse_line(last) is not None:
         return b"\n"
     if not last.startswith(_BEGINNING[: len(last)]):  # never cut into another program's file
         raise RecordError(f"{path} is no results file; give another one")

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from quantize.files.json_lines import append_bytes, open_for_append, parse_line
+
 
 class Journal:
     """Records of one piece of work, held by one process at a time.
@@ -40,9 +42,7 @@ class Journal:
     def append(self, records: Iterable[dict]) -> None:
         """Adds records; they are on the disk when this returns, unless it raises OSError."""
         data = b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in records)
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        os.fsync(self._descriptor)
+        append_bytes(self._descriptor, data)
 
     def close(self) -> None:
         """Lets other processes have it."""
@@ -59,7 +59,7 @@ def work_text(files: Iterable[Path], **parts: object) -> str:
 
 def _open_locked(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        descriptor = open_for_append(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Between the two lines above, the process that had it may have removed it.
@@ -78,11 +78,8 @@ def _read(descriptor: int) -> list[dict]:
         data = file.read()
     records, end = [], 0
     for line in data.splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(record, dict):
+        record = parse_line(line)
+        if record is None or not line.endswith(b"\n"):
             break
         records.append(record)
         end += len(line)

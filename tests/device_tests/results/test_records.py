@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,8 @@ def test_not_a_number_is_never_written(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.jsonl"
     records.append(path, record(repeat=0))
-    real = records.os.write
-    monkeypatch.setattr(records.os, "write", lambda fd, data: real(fd, data[:100]))
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:100]))
     with pytest.raises(OutputError, match="no room"):
         records.append(path, record(repeat=1))
     assert [one["repeat"] for one in records.read(path)] == [0]
