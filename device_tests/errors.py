@@ -35,3 +35,7 @@ class DeviceBusy(DeviceError):
 
 class CommandFailed(DeviceError):
     """A command on the device ended with another exit code than 0."""
+
+
+class AccessDenied(CommandFailed):
+    """The user of adb's shell may not read or write a path."""

@@ -17,7 +17,7 @@ from export.contract.bundle import Bundle, open_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from tests.support.browser import chromium  # noqa: F401
-from tests.support.private_adb_server import no_server, private_server  # noqa: F401
+from tests.support.private_adb_server import no_server, private_server, shared_server  # noqa: F401
 
 # Tiny eager models gain nothing from a second thread, and on busy cores the threads' spinning for
 # each other made such tests twenty times slower.

@@ -1,34 +1,104 @@
-"""What carries the bytes to an adbd: adb-shell's TCP and USB, with libusb's errors explained.
+"""What carries the bytes to an adbd or an adb server: TCP, and adb-shell's USB.
 
-Packets are not known here.
+Neither packets nor requests are known here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from adb_shell.transport.base_transport import BaseTransport
-from adb_shell.transport.tcp_transport import TcpTransport
 
+from device_tests.adb import faults
 from device_tests.adb.faults import excerpt
-from device_tests.errors import DeviceGone
+from device_tests.adb.opener import Deadline, TimedOut
+from device_tests.errors import DeviceGone, ProtocolError
 from quantize.errors import DeviceError
 
 
-class Tcp(TcpTransport):
-    """adb-shell's TCP, which tells the end of the connection from silence and never batches."""
+class Tcp(BaseTransport):
+    """A socket; what is sent goes out at once."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = (host, port)
+        self._socket: socket.socket | None = None
 
     def connect(self, transport_timeout_s: float | None) -> None:
-        super().connect(transport_timeout_s)
-        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = socket.create_connection(self._address, transport_timeout_s)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads
+            self._socket.close()
 
     def bulk_read(self, numbytes: int, transport_timeout_s: float | None) -> bytes:
-        data = super().bulk_read(numbytes, transport_timeout_s)
+        data = self._ready(transport_timeout_s).recv(numbytes)
         if not data:
             raise ConnectionResetError("the other side closed it")
         return data
+
+    def bulk_write(self, data: memoryview | bytes, transport_timeout_s: float | None) -> int:
+        return self._ready(transport_timeout_s).send(data)
+
+    def has_input(self) -> bool:
+        """Whether a read would return at once."""
+        return bool(select.select([self._ready(None)], [], [], 0)[0])
+
+    def _ready(self, timeout_s: float | None) -> socket.socket:
+        if self._socket is None:
+            raise ConnectionError("not connected")
+        self._socket.settimeout(timeout_s)
+        return self._socket
+
+
+class Cable:
+    """A connection by a transport of adb-shell's shape, its errors translated."""
+
+    def __init__(self, transport: BaseTransport, serial: str) -> None:
+        self.serial = serial
+        self._transport = transport
+
+    def connect(self, deadline: Deadline) -> None:
+        with translated(self.serial):
+            self._transport.connect(deadline.wait_s())
+
+    def read(self, most_bytes: int, deadline: Deadline) -> bytes:
+        """What came, at least one byte and at most `most_bytes`."""
+        with translated(self.serial):
+            data = self._transport.bulk_read(most_bytes, deadline.wait_s())
+        if len(data) > most_bytes:
+            raise ProtocolError(f"{self.serial} sent more than was asked for: connect again")
+        return data
+
+    def write(self, data: memoryview | bytes, deadline: Deadline) -> None:
+        """All of `data`."""
+        view = memoryview(data)
+        with translated(self.serial):
+            while len(view):
+                # What fits is sent, and its length returned.
+                view = view[self._transport.bulk_write(view, deadline.wait_s()) :]
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # a broken connection may refuse even that
+            self._transport.close()
+
+
+@contextmanager
+def translated(serial: str) -> Iterator[None]:
+    """Every error of sockets, adb-shell and libusb as a DeviceError or TimedOut."""
+    try:
+        yield
+    except (DeviceError, TimedOut):
+        raise
+    except Exception as error:
+        raise faults.broken(error, serial) from error
 
 
 def list_usb() -> list[str]:
@@ -36,16 +106,14 @@ def list_usb() -> list[str]:
 
     Raises DeviceError if libusb is missing or this user may not open a device.
     """
-    usb = _usb_transport()
-    with _usb_errors("USB"):
-        return sorted({device.serial_number for device in usb.find_all_adb_devices()})
+    with translated("USB"):
+        return sorted({device.serial_number for device in _usb_devices()})
 
 
 def find_usb(serial: str) -> BaseTransport:
-    usb = _usb_transport()
-    with _usb_errors(serial):
-        devices = list(usb.find_all_adb_devices())
-        for device in devices:
+    """The device with this serial number; raises DeviceGone if it is not there."""
+    with translated(serial):
+        for device in list(_usb_devices()):
             if device.serial_number == serial:
                 return device
     raise DeviceGone(
@@ -54,28 +122,8 @@ def find_usb(serial: str) -> BaseTransport:
     )
 
 
-def is_usb_timeout(error: Exception) -> bool:
-    return any(type(cause).__name__ == "USBErrorTimeout" for cause in (error, *error.args))
-
-
-def usb_sentence(error: Exception, serial: str) -> str | None:
-    """What a person can do about an error of libusb; None if it says only that it broke."""
-    names = {type(cause).__name__ for cause in (error, *error.args)}
-    if "USBErrorBusy" in names:
-        return (
-            f"the USB interface of {serial} is held by another program, most likely the adb "
-            "server: stop it with adb kill-server, or use the device through it"
-        )
-    if "USBErrorAccess" in names:
-        return (
-            f"this user may not open {serial} on USB: install the udev rules for Android devices "
-            "(Debian: android-sdk-platform-tools-common) and plug it in again"
-        )
-    return None
-
-
-def _usb_transport() -> type:
-    """adb-shell's USB transport; importing it loads libusb."""
+def _usb_devices() -> Iterator[Any]:
+    """adb-shell's USB transports; importing them loads libusb."""
     try:
         from adb_shell.transport.usb_transport import UsbTransport
     except Exception as error:  # ImportError, OSError, or libusb's own when it cannot start
@@ -84,17 +132,4 @@ def _usb_transport() -> type:
             "(Debian: libusb-1.0-0) or use the device through the adb server "
             f"({excerpt(str(error))})"
         ) from error
-    return UsbTransport
-
-
-@contextmanager
-def _usb_errors(serial: str) -> Iterator[None]:
-    try:
-        yield
-    except DeviceError:
-        raise
-    except Exception as error:
-        raise DeviceError(
-            usb_sentence(error, serial)
-            or f"{serial} cannot be looked at ({type(error).__name__}: {error}): plug it in again"
-        ) from error
+    return UsbTransport.find_all_adb_devices()

@@ -1,31 +1,28 @@
-"""A local port that leads to one on the device, each of its connections over a link of its own.
-
-How a link is made is not known here.
-"""
+"""A local port that leads to one on the device, each of its connections by a stream of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from adb_shell import constants
-
-from device_tests.adb.link import Deadline, Link, Stream, TimedOut
+from device_tests.adb.opener import ByteStream, Deadline, Opener, TimedOut
 from quantize.errors import DeviceError
 
 OPEN_TIMEOUT_S = 10.0
+_FOREVER_S = 7 * 24 * 3600.0
+_LOCAL_BYTES = 65536
 
 
 class Forwarder(AbstractContextManager["Forwarder"]):
-    """A listener on loopback; each connection gets a link and a stream of its own."""
+    """A listener on loopback; each of its connections is carried to `remote` on the device."""
 
-    def __init__(self, connected: Callable[[], Link], remote: str) -> None:
-        self._connected = connected
+    def __init__(self, opener: Opener, remote: str) -> None:
+        self._opener = opener
         self._service = remote.encode("utf-8", "replace")
-        self._open: set[socket.socket | Link] = set()
+        self._open: set[socket.socket | ByteStream] = set()
         self._lock = threading.Lock()
         self._ended = False
         try:
@@ -41,96 +38,54 @@ class Forwarder(AbstractContextManager["Forwarder"]):
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._ended = True
-            with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
-            self._listener.close()
-            for end in list(self._open):
+            _shut(self._listener)  # wakes accept
+            for end in self._open:
                 _shut(end)
         self._thread.join(timeout=5)
 
     def _accept(self) -> None:
-        while True:
-            try:
+        with contextlib.suppress(OSError):
+            while True:
                 client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
 
-    def _keep(self, end: socket.socket | Link) -> bool:
+    def _carry(self, client: socket.socket) -> None:
+        """Both directions of one connection. An error is shown by closing it, as adb does."""
+        deadline = Deadline(_FOREVER_S)
+        with contextlib.suppress(DeviceError, TimedOut, OSError), self._kept(client):
+            stream = self._opener.open_apart(self._service, Deadline(OPEN_TIMEOUT_S))
+            with self._kept(stream):
+                threading.Thread(target=_send_all, args=(client, stream), daemon=True).start()
+                while data := stream.read(deadline):
+                    client.sendall(data)
+
+    @contextlib.contextmanager
+    def _kept(self, end: socket.socket | ByteStream) -> Iterator[None]:
+        """Closed after the block, or when all is ended."""
         with self._lock:
             if self._ended:
                 _shut(end)
-                return False
             self._open.add(end)
-            return True
-
-    def _carry(self, client: socket.socket) -> None:
-        """Both directions of one connection. An error can only be told by closing it."""
-        ends: list[socket.socket | Link] = [client]
         try:
-            if not self._keep(client):
-                return
-            link = self._connected()
-            ends.append(link)
-            if not self._keep(link):
-                return
-            stream = _DuplexStream(link, self._service)
-            sender = threading.Thread(target=stream.send_all, args=(client,), daemon=True)
-            sender.start()
-            stream.receive_all(client)
-        except (DeviceError, TimedOut, OSError):
-            return
+            yield
         finally:
-            for end in ends:
-                _shut(end)
             with self._lock:
-                self._open.difference_update(ends)
+                self._open.discard(end)
+                _shut(end)
 
 
-class _DuplexStream(Stream):
-    """A stream of which one thread reads while another writes."""
-
-    _FOREVER_S = 7 * 24 * 3600.0
-
-    def __init__(self, link: Link, service: bytes) -> None:
-        super().__init__(link, service, Deadline(OPEN_TIMEOUT_S))
-        self._taken = threading.Semaphore(0)
-        self._stop = False
-
-    def send_all(self, client: socket.socket) -> None:
-        """Local to device, until the local end closes; then the stream is closed as adb does."""
-        deadline = Deadline(self._FOREVER_S)
-        with contextlib.suppress(DeviceError, TimedOut, OSError):
-            while data := client.recv(min(65536, self.link.max_packet_bytes)):
-                self.link.send(constants.WRTE, self._local, self._remote, data, deadline)
-                self._taken.acquire()
-                if self._stop:
-                    return
-            self.close(deadline)
-        _shut(client)
-
-    def receive_all(self, client: socket.socket) -> None:
-        """Device to local, until the device closes."""
-        deadline = Deadline(self._FOREVER_S)
-        try:
-            while True:
-                packet = self._next(deadline)
-                if packet.command == constants.CLSE:
-                    return
-                if packet.command == constants.OKAY:
-                    self._taken.release()
-                    continue
-                client.sendall(packet.data)
-                self.link.send(constants.OKAY, self._local, self._remote, b"", deadline)
-        finally:
-            self._stop = True
-            self._taken.release()
+def _send_all(client: socket.socket, stream: ByteStream) -> None:
+    """Local to device, until the local end closes; adb has no closing of one direction."""
+    deadline = Deadline(_FOREVER_S)
+    with contextlib.suppress(DeviceError, TimedOut, OSError):
+        while data := client.recv(min(_LOCAL_BYTES, stream.best_write_bytes)):
+            if not stream.write(data, deadline):
+                break
+    stream.close()
 
 
-def _shut(end: socket.socket | Link) -> None:
-    if isinstance(end, Link):
-        end.close()
-        return
-    with contextlib.suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)
+def _shut(end: socket.socket | ByteStream) -> None:
+    if isinstance(end, socket.socket):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
     end.close()

@@ -11,10 +11,8 @@ import os
 import struct
 import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +21,11 @@ from adb_shell import constants
 from adb_shell.adb_message import AdbMessage
 from adb_shell.auth.keygen import keygen, write_public_keyfile
 from adb_shell.auth.sign_cryptography import CryptographySigner
-from adb_shell.exceptions import TcpTimeoutException
 from adb_shell.transport.base_transport import BaseTransport
 
-from device_tests.adb.cable import is_usb_timeout, usb_sentence
+from device_tests.adb import faults
+from device_tests.adb.cable import Cable
+from device_tests.adb.opener import Deadline, NotOpened, TimedOut
 from device_tests.errors import DeviceGone, DeviceUnauthorized, ProtocolError
 from quantize.errors import DeviceError
 
@@ -39,48 +38,26 @@ MIN_PACKET_BYTES = 4096
 MAX_HELD_BYTES = 4 * MAX_PACKET_BYTES
 """What a device may send while we write."""
 CLOSE_S = 1.0
-"""For the rest of a packet that has begun, and to close a stream whose time is over."""
+"""For the rest of a packet that has begun, and to close a stream."""
 _STLS = int.from_bytes(b"STLS", "little")
 _HEADER = struct.Struct("<6I")
 
-OnAuthorisation = Callable[[str], None]
-"""Called with a sentence for the person before we wait for the person at the device."""
+
+@dataclass(frozen=True)
+class Authorisation:
+    """What a device gets that asks who we are."""
+
+    key_folder: Path | None = None
+    """Holds `adbkey`; the user's `~/.android` if None. Touched only if the device asks."""
+    timeout_s: float = 120.0
+    """How long the person may take to press "Allow" on the device."""
+    on_needed: Callable[[str], None] | None = None
+    """Called with a sentence for the person before we wait for them."""
 
 
-def _checksum(data: bytes) -> int:
+def _checksum(data: bytes | memoryview) -> int:
     """The sum of the bytes, which adbd checked up to Android 8; numpy is 50 times sum()."""
     return int(np.frombuffer(data, np.uint8).sum(dtype=np.uint64)) & 0xFFFFFFFF
-
-
-class TimedOut(Exception):
-    """Nothing came, or nothing went out, until the deadline; callers say what that means."""
-
-
-class NotOpened(TimedOut):
-    """Not even the opening of a stream was answered: it is the device that is silent."""
-
-
-class Outlasted(TimedOut):
-    """Only the command went on too long; its stream was closed and the connection is whole."""
-
-
-class Deadline:
-    def __init__(self, seconds: float) -> None:
-        self._at = time.monotonic() + seconds
-
-    def left_s(self) -> float:
-        return self._at - time.monotonic()
-
-    def with_grace(self) -> Deadline:
-        """For the rest of a packet that has begun: breaking off there costs the connection."""
-        return self if self.left_s() > CLOSE_S else Deadline(CLOSE_S)
-
-    def wait_s(self) -> float:
-        """What is left for one wait; never 0, which libusb takes for without end."""
-        left = self.left_s()
-        if left <= 0:
-            raise TimedOut
-        return max(left, 0.001)
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,7 @@ class Link:
     def __init__(self, transport: BaseTransport, serial: str) -> None:
         self.serial = serial
         self.max_packet_bytes = MIN_PACKET_BYTES
-        self._transport = transport
+        self._cable = Cable(transport, serial)
         # Until versions are known ours carry a checksum, as adb's do, and those of the device are
         # not checked: today's adbd leaves it out of its very first packet.
         self._checksums_out, self._checksums_in = True, False
@@ -106,24 +83,15 @@ class Link:
         self._last_id = 0
         self._send_lock = threading.Lock()
 
-    def connect(
-        self,
-        timeout_s: float,
-        key_folder: Path,
-        authorisation_timeout_s: float,
-        on_authorisation_needed: OnAuthorisation | None,
-    ) -> bytes:
+    def connect(self, timeout_s: float, authorisation: Authorisation) -> bytes:
         """Connect, greet, prove who we are; returns the device's banner."""
         deadline = Deadline(timeout_s)
-        with self._translated():
-            self._transport.connect(deadline.wait_s())
+        self._cable.connect(deadline)
         banner = b"host::features=shell_v2,cmd\0"
         self.send(constants.CNXN, VERSION_WITHOUT_CHECKSUM, MAX_PACKET_BYTES, banner, deadline)
         packet = self._greeting(deadline)
         if packet.command == constants.AUTH:
-            packet = self._authorise(
-                packet, deadline, key_folder, authorisation_timeout_s, on_authorisation_needed
-            )
+            packet = self._authorise(packet, deadline, authorisation)
         if packet.arg1 < MIN_PACKET_BYTES:
             raise ProtocolError(
                 f"{self.serial} announces packets of {packet.arg1} bytes, at least "
@@ -134,23 +102,24 @@ class Link:
         return packet.data
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # a broken connection may refuse even that
-            self._transport.close()
+        self._cable.close()
 
     def next_id(self) -> int:
         self._last_id = self._last_id % 0xFFFFFFFF + 1
         return self._last_id
 
-    def send(self, command: bytes, arg0: int, arg1: int, data: bytes, deadline: Deadline) -> None:
+    def send(
+        self, command: bytes, arg0: int, arg1: int, data: bytes | memoryview, deadline: Deadline
+    ) -> None:
         message = AdbMessage(command, arg0, arg1)
         total = _checksum(data) if self._checksums_out else 0
         header = _HEADER.pack(message.command, arg0, arg1, len(data), total, message.magic)
         with self._send_lock:  # header and data are two writes, as USB wants it
             deadline.wait_s()
             self.is_whole = False
-            self._write(header, deadline)
+            self._cable.write(header, deadline)
             if data:
-                self._write(data, deadline.with_grace())
+                self._cable.write(data, _with_grace(deadline))
             self.is_whole = True
 
     def receive(self, deadline: Deadline) -> Packet:
@@ -167,7 +136,7 @@ class Link:
                 f"{self.serial} sent a packet that adb does not know (header {header.hex()}): "
                 "what answers is no adbd, or the connection is damaged"
             )
-        data = self._read(length, deadline.with_grace()) if length else b""
+        data = self._read(length, _with_grace(deadline)) if length else b""
         self.is_whole = True
         if self._checksums_in and _checksum(data) != total:
             raise ProtocolError(
@@ -184,14 +153,10 @@ class Link:
                 return packet
 
     def _authorise(
-        self,
-        packet: Packet,
-        deadline: Deadline,
-        key_folder: Path,
-        authorisation_timeout_s: float,
-        on_authorisation_needed: OnAuthorisation | None,
+        self, packet: Packet, deadline: Deadline, authorisation: Authorisation
     ) -> Packet:
-        key = load_key(key_folder)
+        folder = authorisation.key_folder or Path.home() / ".android"
+        key = load_key(folder)
         if packet.arg0 != constants.AUTH_TOKEN or len(packet.data) != 20:
             raise ProtocolError(
                 f"{self.serial} asks for authorisation in a way that adb does not know (kind "
@@ -202,71 +167,38 @@ class Link:
         packet = self._greeting(deadline)
         if packet.command == constants.CNXN:
             return packet
-        what_to_do = (
-            'look at the device\'s screen and press "Allow" under "Allow USB debugging?" (the key '
-            f"is {key_folder / 'adbkey'})"
-        )
-        if on_authorisation_needed is not None:
-            on_authorisation_needed(
-                f"{self.serial} does not know this machine yet: {what_to_do}; waiting up to "
-                f"{authorisation_timeout_s:g} s"
+        detail = f" (the key is {folder / 'adbkey'})"
+        if authorisation.on_needed is not None:
+            authorisation.on_needed(
+                f"{faults.unauthorized(self.serial, detail)}; waiting up to "
+                f"{authorisation.timeout_s:g} s"
             )
         public = key.GetPublicKey() + b"\0"
         self.send(constants.AUTH, constants.AUTH_RSAPUBLICKEY, 0, public, deadline)
         try:
-            packet = self._greeting(Deadline(authorisation_timeout_s))
+            packet = self._greeting(Deadline(authorisation.timeout_s))
             if packet.command == constants.CNXN:
                 return packet
             answer = "refused the key"
         except TimedOut:
-            answer = f"gave no answer within {authorisation_timeout_s:g} s"
+            answer = f"did not answer within {authorisation.timeout_s:g} s"
         except DeviceGone:
             answer = "closed the connection"
-        raise DeviceUnauthorized(
-            f"{self.serial} does not trust this machine and {answer}: connect again, then "
-            f"{what_to_do}"
-        )
+        raise faults.unauthorized(self.serial, f" and {answer}{detail}")
 
     def _read(self, count: int, deadline: Deadline) -> bytes:
         pieces = []
         while count:
-            with self._translated():
-                piece = self._transport.bulk_read(count, deadline.wait_s())
-            if len(piece) > count:
-                raise ProtocolError(f"{self.serial} sent more than was asked for: connect again")
+            piece = self._cable.read(count, deadline)
             self.is_whole = False
             pieces.append(piece)
             count -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _write(self, data: bytes, deadline: Deadline) -> None:
-        view = memoryview(data)
-        while len(view):
-            with self._translated():
-                # adb-shell sends what fits and says how much that was
-                sent = self._transport.bulk_write(view, deadline.wait_s())
-            view = view[sent:]
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Every error of sockets, adb-shell and libusb as one of ours."""
-        try:
-            yield
-        except (DeviceError, TimedOut):
-            raise
-        except (TcpTimeoutException, TimeoutError) as error:
-            raise TimedOut from error
-        except Exception as error:
-            if is_usb_timeout(error):
-                raise TimedOut from error
-            busy = usb_sentence(error, self.serial)
-            if busy is not None:
-                raise DeviceError(busy) from error
-            raise DeviceGone(
-                f"the connection to {self.serial} is broken ({type(error).__name__}: "
-                f"{shortened(str(error))}): check the cable or the network and that the device "
-                "is on"
-            ) from error
+def _with_grace(deadline: Deadline) -> Deadline:
+    """For the rest of a packet that has begun: breaking off there costs the connection."""
+    return deadline if deadline.left_s() > CLOSE_S else Deadline(CLOSE_S)
 
 
 class Stream:
@@ -277,23 +209,21 @@ class Stream:
     """
 
     def __init__(self, link: Link, service: bytes, deadline: Deadline) -> None:
-        self.link = link
+        self.best_write_bytes = link.max_packet_bytes
+        self._link = link
         self._local = link.next_id()
         self._remote = 0
         self._held: deque[bytes] = deque()
         self._held_bytes = 0
         self._closed = False
-        link.send(constants.OPEN, self._local, 0, service + b"\0", deadline)
         try:
+            link.send(constants.OPEN, self._local, 0, service + b"\0", deadline)
             packet = self._next(deadline)
         except TimedOut as error:
             raise NotOpened from error
         if packet.command == constants.CLSE:
-            self._closed = True
-            raise ServiceRefused(
-                f"{link.serial} does not offer {service[:60].decode('utf-8', 'replace')!r}: check "
-                "that it is there on the device"
-            )
+            name = service[:60].decode("utf-8", "replace")
+            raise faults.gone(link.serial, f"{name!r} was closed at once")
         if packet.command != constants.OKAY or not packet.arg0:
             raise ProtocolError(
                 f"{link.serial} answered {packet.command.decode()} where a stream was to be "
@@ -301,47 +231,61 @@ class Stream:
             )
         self._remote = packet.arg0
 
-    def write(self, data: bytes, deadline: Deadline) -> bool:
+    def write(self, data: memoryview | bytes, deadline: Deadline) -> bool:
         """Send one packet and wait until it was taken; False if the device closed the stream."""
-        if self._closed:
-            return False
-        self.link.send(constants.WRTE, self._local, self._remote, data, deadline)
-        while True:
-            packet = self._next(deadline)
-            if packet.command == constants.OKAY:
-                return True
-            if packet.command == constants.CLSE:
-                self._closed = True
-                return False
-            self._hold(packet)
-
-    def read(self, deadline: Deadline) -> bytes | None:
-        """The next packet's data, or None if the device closed the stream."""
-        while not self._held and not self._closed:
-            packet = self._next(deadline)
-            if packet.command == constants.CLSE:
-                self._closed = True
-            elif packet.command == constants.WRTE:
-                self._hold(packet)
-        if not self._held:
-            return None
-        data = self._held.popleft()
-        self._held_bytes -= len(data) + _HEADER.size
         if not self._closed:
-            self.link.send(constants.OKAY, self._local, self._remote, b"", deadline)
+            self._send(constants.WRTE, data, deadline)
+            while (packet := self._next(deadline)).command != constants.OKAY:
+                if packet.command == constants.CLSE:
+                    break
+                self._hold(packet)
+        return not self._closed
+
+    def read(self, deadline: Deadline) -> bytes:
+        data = b""
+        while not data:
+            while not self._held and not self._closed:
+                self._hold(self._next(deadline))
+            if not self._held:
+                return b""
+            data = self._held.popleft()
+            self._held_bytes -= len(data) + _HEADER.size
+            if not self._closed:
+                self._send(constants.OKAY, b"", deadline)
         return data
 
-    def close(self, deadline: Deadline) -> None:
+    def has_input(self) -> bool:
+        return bool(self._held) or self._closed
+
+    def close(self) -> None:
         """Say that we are done; the device's answer to it is passed over by the next stream."""
         self._closed = True
-        self.link.send(constants.CLSE, self._local, self._remote, b"", deadline)
+        self._send(constants.CLSE, b"", Deadline(CLOSE_S))
+
+    def closes_in_order(self) -> bool:
+        """Close a stream that took too long; whether the device answers and the link is whole."""
+        if not self._link.is_whole:
+            return False
+        deadline = Deadline(CLOSE_S)
+        try:
+            self._send(constants.CLSE, b"", deadline)
+            while not self._closed:
+                self._next(deadline)
+        except (TimedOut, DeviceError):
+            return False
+        return True
+
+    def _send(self, command: bytes, data: memoryview | bytes, deadline: Deadline) -> None:
+        self._link.send(command, self._local, self._remote, data, deadline)
 
     def _hold(self, packet: Packet) -> None:
-        self._held.append(packet.data)
-        self._held_bytes += len(packet.data) + _HEADER.size
+        """Keep what is to be read; an OKAY that nobody waits for is dropped."""
+        if packet.command == constants.WRTE:
+            self._held.append(packet.data)
+            self._held_bytes += len(packet.data) + _HEADER.size
         if self._held_bytes > MAX_HELD_BYTES:
             raise ProtocolError(
-                f"{self.link.serial} sends on without waiting for us ({self._held_bytes} bytes): "
+                f"{self._link.serial} sends on without waiting for us ({self._held_bytes} bytes): "
                 "the connection is damaged, repeat the call"
             )
 
@@ -349,10 +293,10 @@ class Stream:
         """The next packet for this stream: OKAY, WRTE or CLSE."""
         while True:
             deadline.wait_s()
-            packet = self.link.receive(deadline)
+            packet = self._link.receive(deadline)
             if packet.command in (constants.CNXN, constants.AUTH):
                 raise DeviceGone(
-                    f"{self.link.serial} began the connection anew: it was restarted, go on"
+                    f"{self._link.serial} began the connection anew: it was restarted, go on"
                 )
             if packet.command not in (constants.OKAY, constants.WRTE, constants.CLSE):
                 continue
@@ -361,11 +305,42 @@ class Stream:
                 or not self._remote
                 or (packet.command == constants.CLSE and not packet.arg0)
             ):
+                self._closed = self._closed or packet.command == constants.CLSE
                 return packet
 
 
-class ServiceRefused(DeviceError):
-    """The device does not offer a service, such as a port nobody listens on."""
+class DuplexStream(Stream):
+    """A stream with a link of its own, of which one thread reads while another writes."""
+
+    def __init__(self, link: Link, service: bytes, deadline: Deadline) -> None:
+        super().__init__(link, service, deadline)
+        self._taken = threading.Semaphore(0)
+
+    def write(self, data: memoryview | bytes, deadline: Deadline) -> bool:
+        self._send(constants.WRTE, data, deadline)
+        self._taken.acquire()  # released by the reader, at the latest when it ends
+        return not self._closed
+
+    def read(self, deadline: Deadline) -> bytes:
+        try:
+            while (packet := self._next(deadline)).command != constants.CLSE:
+                if packet.command == constants.OKAY:
+                    self._taken.release()
+                elif packet.data:
+                    self._send(constants.OKAY, b"", deadline)
+                    return packet.data
+        except BaseException:
+            self._closed = True
+            self._taken.release()
+            raise
+        self._taken.release()
+        return b""
+
+    def close(self) -> None:
+        with contextlib.suppress(DeviceError, TimedOut):
+            super().close()
+        self._taken.release()
+        self._link.close()
 
 
 def load_key(folder: Path) -> CryptographySigner:
@@ -389,8 +364,3 @@ def load_key(folder: Path) -> CryptographySigner:
             f"the adb key {private} cannot be used ({error}): repair or remove it; adb makes a "
             "new one"
         ) from error
-
-
-def shortened(text: str, limit: int = 200) -> str:
-    """Text that a device or a library gave, short enough for a sentence."""
-    return text if len(text) <= limit else f"{text[:limit]}…"

@@ -1,6 +1,6 @@
 """Which device is meant, and by which way it is spoken to.
 
-The ways themselves are `adb_server` (through a server) and `adb_direct` (TCP and USB).
+The ways themselves are `server` (through an adb server) and `direct` (TCP and USB).
 """
 
 from __future__ import annotations
@@ -108,17 +108,15 @@ def _server_has(serial: str) -> bool:
 
 def _open_direct(serial: str | None, key_folder: Path | None, say: Say | None) -> Transport:
     from device_tests.adb.direct import open_tcp, open_usb
+    from device_tests.adb.link import Authorisation
 
+    authorisation = Authorisation(key_folder, on_needed=say)
     if serial is not None and adb_server.is_network_serial(serial):
         host, _, port = serial.rpartition(":")
-        return open_tcp(
-            host.removeprefix("[").removesuffix("]"),
-            int(port),
-            key_folder=key_folder,
-            on_authorisation_needed=say,
-        )
+        address = host.removeprefix("[").removesuffix("]")
+        return open_tcp(address, int(port), authorisation=authorisation)
     try:
-        return open_usb(serial, key_folder=key_folder, on_authorisation_needed=say)
+        return open_usb(serial, authorisation=authorisation)
     except DeviceUnauthorized:
         raise
     except DeviceError as error:

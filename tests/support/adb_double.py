@@ -14,7 +14,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,11 +62,13 @@ class AdbDouble:
     connections: int = 0
     _children: set[asyncio.subprocess.Process] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
 
     @contextmanager
     def running(self) -> Iterator[AdbDouble]:
         """Listen on a free loopback port, or on `port` if it is set, in a thread of its own."""
-        started, stop = threading.Event(), threading.Event()
+        started, stop = threading.Event(), self._stop
         errors: list[OSError] = []
 
         async def serve() -> None:
@@ -94,11 +96,17 @@ class AdbDouble:
         started.wait()
         if errors:
             raise errors[0]
+        self._thread = thread
         try:
             yield self
         finally:
-            stop.set()
-            thread.join(timeout=10)
+            self.stop()
+
+    def stop(self) -> None:
+        """End it, with all its connections and commands."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -135,6 +143,21 @@ def _public_key(key: bytes) -> rsa.RSAPublicKey:
 
 class _Cut(ConnectionError):
     pass
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """`work` goes on until the block ends; a connection that breaks ends it quietly."""
+
+    async def run() -> None:
+        with contextlib.suppress(ConnectionError):
+            await work
+
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 class _Stream:
@@ -328,11 +351,10 @@ class _Connection:
                 await child.stdin.drain()
             child.stdin.close()
 
-        feeder = asyncio.create_task(feed())
-        while data := await child.stdout.read(65536):
-            await stream.write(data)
-        await child.wait()
-        feeder.cancel()
+        async with _beside(feed()):
+            while data := await child.stdout.read(65536):
+                await stream.write(data)
+            await child.wait()
 
     async def _shell_v2(self, stream: _Stream, command: str) -> None:
         child = await self._start(command, asyncio.subprocess.PIPE)
@@ -352,11 +374,10 @@ class _Connection:
             while data := await pipe.read(65536):
                 await stream.write(struct.pack("<BI", channel, len(data)) + data)
 
-        feeder = asyncio.create_task(feed())
-        await asyncio.gather(copy(1, child.stdout), copy(2, child.stderr))
-        code = await child.wait()
-        await stream.write(struct.pack("<BIB", 3, 1, 128 - code if code < 0 else code))
-        feeder.cancel()
+        async with _beside(feed()):
+            await asyncio.gather(copy(1, child.stdout), copy(2, child.stderr))
+            code = await child.wait()
+            await stream.write(struct.pack("<BIB", 3, 1, 128 - code if code < 0 else code))
 
     async def _sync(self, stream: _Stream, _: str) -> None:
         while head := await stream.read(8):
@@ -413,6 +434,8 @@ class _Connection:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
         except OSError:
+            del self.streams[stream.local]
+            await self.send(b"CLSE", 0, stream.remote)
             return
         await self.send(b"OKAY", stream.local, stream.remote)
 
@@ -422,9 +445,8 @@ class _Connection:
                 await writer.drain()
             writer.close()
 
-        feeder = asyncio.create_task(feed())
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536):
-                await stream.write(data)
-        feeder.cancel()
+        async with _beside(feed()):
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(65536):
+                    await stream.write(data)
         writer.close()

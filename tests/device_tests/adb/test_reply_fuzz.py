@@ -24,10 +24,11 @@ from adb_shell.transport.base_transport import BaseTransport
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from device_tests.adb import direct as adb_direct
 from device_tests.adb import link as adb_link
-from device_tests.adb.direct import DirectTransport, parse_banner
-from device_tests.adb.link import MAX_PACKET_BYTES, load_key
+from device_tests.adb import shell_stream
+from device_tests.adb.adb_transport import AdbTransport
+from device_tests.adb.direct import DirectOpener, parse_banner
+from device_tests.adb.link import MAX_PACKET_BYTES, Authorisation, load_key
 from device_tests.adb.shell_reply import ShellReply, parse_stat
 from device_tests.adb.transport import RemoteStat, ShellResult
 from device_tests.errors import DeviceGone, ProtocolError
@@ -113,7 +114,7 @@ def conversation(*output: bytes, written: int = 0) -> list[bytes]:
 
 
 SUCCESS = frame(3, b"\0")
-Call = Callable[[DirectTransport], object]
+Call = Callable[[AdbTransport], object]
 CALLS: dict[str, tuple[list[bytes], Call, object]] = {
     "shell": (
         conversation(frame(1, b"out\n") + frame(2, b"err")[:3], frame(2, b"err")[3:], SUCCESS),
@@ -138,7 +139,7 @@ CALLS: dict[str, tuple[list[bytes], Call, object]] = {
 }
 
 
-def connected(*connections: Scripted, keys: Path) -> DirectTransport:
+def connected(*connections: Scripted, keys: Path) -> AdbTransport:
     queue = iter(connections)
 
     def connector() -> BaseTransport:
@@ -147,9 +148,9 @@ def connected(*connections: Scripted, keys: Path) -> DirectTransport:
         except StopIteration:
             raise DeviceGone("no more connections in this case") from None
 
-    return DirectTransport(
-        "fuzz", "tcp", connector, key_folder=keys, authorisation_timeout_s=1.0, stall_s=1.0
-    )
+    opener = DirectOpener("fuzz", "tcp", connector, authorisation=Authorisation(keys, 1.0))
+    opener.reconnect(10.0)
+    return AdbTransport(opener, stall_s=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +303,7 @@ def flood(count: int) -> Iterator[tuple[str, bytes, Call]]:
 def test_flood_ends_in_bounded_memory(
     case: str, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adb_direct, "MAX_OUTPUT_BYTES", 2 * MAX_PACKET_BYTES)
+    monkeypatch.setattr(shell_stream, "MAX_OUTPUT_BYTES", 2 * MAX_PACKET_BYTES)
     for name, replies, call in flood(64):
         if name != case:
             continue

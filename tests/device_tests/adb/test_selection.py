@@ -6,6 +6,7 @@ import pytest
 
 from device_tests.adb import direct as adb_direct
 from device_tests.adb import server as adb_server
+from device_tests.adb.link import Authorisation
 from device_tests.adb.selection import DeviceEntry, list_devices, open_device
 from device_tests.adb.server import ServerAddress
 from device_tests.errors import DeviceGone, DeviceNotFound
@@ -25,66 +26,66 @@ def no_usb(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_an_address_is_reached_directly_without_a_server(
-    local_device: LocalDevice,
+    shared_device: LocalDevice,
     no_server: ServerAddress,
 ) -> None:
-    transport = open_device(local_device.serial)
-    assert (transport.kind, transport.serial) == ("tcp", local_device.serial)
+    transport = open_device(shared_device.serial)
+    assert (transport.kind, transport.serial) == ("tcp", shared_device.serial)
     assert transport.shell("exit 3").exit_code == 3
     transport.close()
     assert adb_server.server_version() is None
 
 
 def test_the_environment_names_the_device(
-    local_device: LocalDevice,
+    shared_device: LocalDevice,
     no_server: ServerAddress,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("ANDROID_SERIAL", local_device.serial)
+    monkeypatch.setenv("ANDROID_SERIAL", shared_device.serial)
     transport = open_device(None)
-    assert transport.serial == local_device.serial
+    assert transport.serial == shared_device.serial
     transport.close()
     with pytest.raises(DeviceGone):  # the argument is stronger
         open_device("127.0.0.1:1")
 
 
 def test_a_running_server_that_lacks_the_address_is_not_needed(
-    local_device: LocalDevice,
+    shared_device: LocalDevice,
     private_server: ServerAddress,
 ) -> None:
-    transport = open_device(local_device.serial)
+    transport = open_device(shared_device.serial)
     assert transport.kind == "tcp"
     transport.close()
     assert list_devices() == []
 
 
 def test_asking_for_the_server_starts_it_and_connects(
-    local_device: LocalDevice,
+    shared_device: LocalDevice,
     no_server: ServerAddress,
 ) -> None:
-    transport = open_device(local_device.serial, via="server")
+    transport = open_device(shared_device.serial, via="server")
     assert transport.kind == "server" and transport.shell("exit 3").exit_code == 3
-    assert list_devices() == [DeviceEntry(local_device.serial, "device", "server")]
+    assert list_devices() == [DeviceEntry(shared_device.serial, "device", "server")]
     # Now the server has it, so it is the only device, and auto goes through the server.
     assert open_device(None).kind == "server"
-    assert open_device(local_device.serial).kind == "server"
-    assert open_device(None, via="server").serial == local_device.serial
-    direct = open_device(local_device.serial, via="direct")
+    assert open_device(shared_device.serial).kind == "server"
+    assert open_device(None, via="server").serial == shared_device.serial
+    direct = open_device(shared_device.serial, via="direct")
     assert direct.kind == "tcp" and direct.shell("exit 3").exit_code == 3
     direct.close()
 
 
 def test_of_several_one_must_be_named(
-    local_device: LocalDevice,
+    shared_device: LocalDevice,
     make_local_device: MakeLocalDevice,
     private_server: ServerAddress,
 ) -> None:
     other = make_local_device()
-    for device in (local_device, other):
+    for device in (shared_device, other):
         open_device(device.serial, via="server")
     with pytest.raises(DeviceNotFound, match="2 devices answer adb") as refused:
         open_device(None)
-    assert local_device.serial in str(refused.value) and other.serial in str(refused.value)
+    assert shared_device.serial in str(refused.value) and other.serial in str(refused.value)
     chosen = open_device(other.serial)
     chosen.push((other.folder / "boot_id").open("rb"), "/data/local/tmp/which", 8)
     assert other.path("/data/local/tmp/which").exists()
@@ -141,4 +142,7 @@ def test_the_direct_way_to_usb_gets_key_and_voice(
         adb_direct, "open_usb", lambda serial, **options: asked.update(options, serial=serial)
     )
     open_device("R58AAA", key_folder=tmp_path, say=print)  # type: ignore[arg-type]
-    assert asked == {"serial": "R58AAA", "key_folder": tmp_path, "on_authorisation_needed": print}
+    assert asked == {
+        "serial": "R58AAA",
+        "authorisation": Authorisation(tmp_path, on_needed=print),  # type: ignore[arg-type]
+    }
