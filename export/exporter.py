@@ -23,7 +23,7 @@ from export.contract.bundle import (
     resumable_bundle,
 )
 from export.host.process import return_large_blocks
-from export.host.tokenizer import TextTokenizer, TokenizerFiles, tokenizer_files
+from export.host.tokenizer import TokenizerFiles, tokenizer_files
 from export.models import stage_model
 from export.models.staging import StagedModel, StageModule
 from quantize.checkpoint import open_checkpoint
@@ -158,12 +158,7 @@ def _versions() -> dict[str, str]:
 
 def _check_tokenizer(tokenizer: TokenizerFiles, model: StagedModel) -> None:
     """Refuse a tokenizer of another model before the work, not on the phone."""
-    TextTokenizer(
-        tokenizer.file,
-        model.info.vocabulary_size,
-        chat_template=tokenizer.chat_template,
-        special_tokens=model.special_tokens,
-    )
+    tokenizer.open(model.info.vocabulary_size, model.special_tokens)
 
 
 def describe_stage(stage: StageModule, lowered: LoweredStage) -> Stage:

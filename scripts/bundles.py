@@ -38,7 +38,7 @@ def open_eager(folder: Path, maximum_context: int | None = None) -> tuple[str, A
     Raises CheckpointError, InputError.
     """
     from export.host.eager import eager_engine
-    from export.host.tokenizer import TextTokenizer, tokenizer_files
+    from export.host.tokenizer import tokenizer_files
     from export.models import stage_model
     from quantize.checkpoint import open_checkpoint
 
@@ -50,11 +50,6 @@ def open_eager(folder: Path, maximum_context: int | None = None) -> tuple[str, A
         staged = stage_model(checkpoint)
     else:
         staged = stage_model(checkpoint, maximum_context=maximum_context)
-    tokenizer = TextTokenizer(
-        files.file,
-        staged.info.vocabulary_size,
-        chat_template=files.chat_template,
-        special_tokens=staged.special_tokens,
-    )
+    tokenizer = files.open(staged.info.vocabulary_size, staged.special_tokens)
     kind = "int4 eager" if checkpoint.is_quantized else "fp32 eager"
     return kind, eager_engine(staged), tokenizer

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from export.contract.bundle import Decoding, ModelInfo, Sampler, SpecialTokens
@@ -37,8 +36,6 @@ from quantize.errors import BundleError, InputError
 
 class StreamedWeights(Protocol):
     """Weights that are mapped from a file, as `export.host.streaming.mapped_weights` does it."""
-
-    path: Path
 
     def report(self, since: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """What is kept and what was streamed since an earlier report; None without a budget."""

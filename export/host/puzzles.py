@@ -34,7 +34,7 @@ class Puzzle:
 
 @cache
 def _sudoku_grids() -> tuple[str, ...]:
-    """Return all 288 solved 4x4 sudoku grids, each as 16 digits in row order."""
+    """All 288 solved 4x4 sudoku grids, each as 16 digits in row order."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     grids = []
     for four in itertools.product(rows, repeat=4):
@@ -47,7 +47,7 @@ def _sudoku_grids() -> tuple[str, ...]:
 
 @cache
 def _grids_with() -> dict[tuple[int, str], int]:
-    """Return, per (cell, digit), the solved grids that have it, as a bit set."""
+    """By cell and digit, the solved grids that have it, as a bit set."""
     with_digit: dict[tuple[int, str], int] = {}
     for number, grid in enumerate(_sudoku_grids()):
         for key in enumerate(grid):
@@ -100,16 +100,15 @@ KINDS: dict[str, Callable[[random.Random], Puzzle]] = {
 
 
 def split_of(prompt: str) -> Split:
-    """Say which split a prompt belongs to; depends on its text only."""
+    """The split that a prompt belongs to, by its text alone."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return "held_out" if int.from_bytes(digest) % HELD_OUT_ONE_IN == 0 else "train"
 
 
 def stream(kind: str, seed: int, split: Split = "train") -> Iterator[Puzzle]:
-    """Yield puzzles of one kind and split without end; the same seed yields the same puzzles.
+    """Puzzles of one kind and split without end; the same seed yields the same ones.
 
-    Raises:
-        ValueError: the kind or the split is not known.
+    Raises ValueError for a kind or a split that is not known.
     """
     if kind not in KINDS:
         raise ValueError(f"Unknown puzzle kind {kind!r}; choose one of {', '.join(KINDS)}.")
@@ -123,25 +122,17 @@ def stream(kind: str, seed: int, split: Split = "train") -> Iterator[Puzzle]:
 
 
 def generate(kind: str, count: int, seed: int, split: Split = "train") -> list[Puzzle]:
-    """Return `count` puzzles of one kind and split; repeats are possible, though rare.
-
-    Raises:
-        ValueError: the kind or the split is not known, or the count is negative.
-    """
+    """`count` puzzles of one kind and split, which may repeat; raises ValueError as `stream`."""
     if count < 0:
         raise ValueError(f"The number of puzzles must not be negative, not {count}.")
     return list(itertools.islice(stream(kind, seed, split), count))
 
 
 def held_out(count: int, seed: int) -> list[Puzzle]:
-    """Return `count` held-out puzzles of each kind, kind by kind: what models are measured on.
-
-    Raises:
-        ValueError: the count is negative.
-    """
+    """`count` held-out puzzles of each kind, kind by kind: what models are measured on."""
     return [puzzle for kind in KINDS for puzzle in generate(kind, count, seed, "held_out")]
 
 
 def is_exact(puzzle: Puzzle, text: str) -> bool:
-    """Say whether a generated text, white space around it apart, is exactly the answer."""
+    """Whether a generated text, white space around it apart, is exactly the answer."""
     return text.strip() == puzzle.answer

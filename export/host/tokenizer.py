@@ -26,6 +26,15 @@ class TokenizerFiles:
     file: Path
     chat_template: str | None
 
+    def open(self, vocabulary_size: int, special_tokens: SpecialTokens) -> TextTokenizer:
+        """The tokenizer, for a model of that vocabulary; raises InputError as TextTokenizer."""
+        return TextTokenizer(
+            self.file,
+            vocabulary_size,
+            chat_template=self.chat_template,
+            special_tokens=special_tokens,
+        )
+
 
 def tokenizer_files(folder: Path) -> TokenizerFiles | None:
     """Find tokenizer.json and the chat template of a checkpoint folder; None without a tokenizer.
@@ -71,12 +80,9 @@ class TextTokenizer:
         self.vocabulary_size = vocabulary_size
         self.special_tokens = special_tokens or SpecialTokens()
         self.chat_template = chat_template
-        self._unknown_id = self._find_unknown_id()
-        self._check_fits(file)
-
-    def _find_unknown_id(self) -> int | None:
         unknown = getattr(self._tokenizer.model, "unk_token", None)
-        return None if unknown is None else self._tokenizer.token_to_id(unknown)
+        self._unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        self._check_fits(file)
 
     def _check_fits(self, file: Path) -> None:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -166,13 +172,12 @@ class TextTokenizer:
         Models pad their vocabulary: an id without a token shows as a replacement character.
         """
         self._check_ids(tokens)
-        texts = []
-        for token in tokens:
-            if self._tokenizer.id_to_token(token) is None:
-                texts.append(REPLACEMENT)
-            else:
-                texts.append(self._tokenizer.decode([int(token)], skip_special_tokens=False))
-        return texts
+        return [
+            REPLACEMENT
+            if self._tokenizer.id_to_token(token) is None
+            else self._tokenizer.decode([int(token)], skip_special_tokens=False)
+            for token in tokens
+        ]
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         for position, token in enumerate(tokens):
@@ -191,12 +196,8 @@ def open_tokenizer(bundle: Bundle) -> TextTokenizer:
             f"{bundle.folder} was exported without a tokenizer; give token ids, or export a "
             "checkpoint that has a tokenizer.json"
         )
-    return TextTokenizer(
-        bundle.path(manifest.tokenizer.file),
-        manifest.model.vocabulary_size,
-        chat_template=manifest.tokenizer.chat_template,
-        special_tokens=manifest.special_tokens,
-    )
+    files = TokenizerFiles(bundle.path(manifest.tokenizer.file), manifest.tokenizer.chat_template)
+    return files.open(manifest.model.vocabulary_size, manifest.special_tokens)
 
 
 def render_chat(

@@ -284,18 +284,14 @@ def evaluate(folder: Path, count: int) -> dict[str, str]:
     """Exact match on held-out puzzles by this project's own loop, run eagerly."""
     from export.host.eager import eager_engine
     from export.host.evaluation import evaluate as measure
-    from export.host.tokenizer import TextTokenizer, tokenizer_files
+    from export.host.tokenizer import tokenizer_files
     from export.models import stage_model
     from quantize.checkpoint import open_checkpoint
 
     staged = stage_model(open_checkpoint(folder), maximum_context=LENGTH + BLOCK)
     files = tokenizer_files(folder)
-    tokenizer = TextTokenizer(
-        files.file,
-        staged.info.vocabulary_size,
-        chat_template=files.chat_template,
-        special_tokens=staged.special_tokens,
-    )
+    assert files is not None  # every twin has one
+    tokenizer = files.open(staged.info.vocabulary_size, staged.special_tokens)
     puzzles = [puzzle for kind in KINDS for puzzle in generate(kind, count, 7, "held_out")]
     tallies = measure(eager_engine(staged), tokenizer, puzzles)
     return {tally.kind: f"{tally.correct}/{tally.count}" for tally in tallies}
