@@ -41,16 +41,8 @@ from device_tests.bench.inventory import clean
 from device_tests.local.adbd import CACHE_VARIABLE, cache_folder
 from device_tests.local.device import LocalDevice
 from device_tests.remote.shell import DEVICE_ROOT
-from export.contract.bundle import (
-    Bundle,
-    Manifest,
-    ModelInfo,
-    Sampler,
-    SpecialTokens,
-    Stage,
-    TensorSpec,
-    write_bundle,
-)
+from export.contract.bundle import Bundle, write_bundle
+from export.contract.manifest import Manifest, ModelInfo, Sampler, SpecialTokens, Stage, TensorSpec
 from export.host.process import processor_name
 
 FILE = "head.pte"
@@ -86,8 +78,7 @@ def _random_bundle(folder: Path, size_bytes: int) -> Bundle:
         style="uniform_diffusion",
         sampler=Sampler("entropy_bound", {}),
         special_tokens=SpecialTokens(),
-        stages=(Stage("head", "head", FILE, spec, spec),),
-        backend="portable",
+        stages=(Stage("head", "head", "portable", FILE, spec, spec),),
         versions={},
     )
     return write_bundle(folder, manifest, {FILE: os.urandom(size_bytes)})

@@ -24,7 +24,8 @@ from device_tests.errors import DeviceBusy
 from device_tests.remote.shell import DEVICE_ROOT
 from device_tests.results import records, report
 from device_tests.results.summary import summarize
-from export.contract.bundle import MANIFEST_FILE, Bundle
+from export.contract.bundle import Bundle
+from export.contract.manifest import MANIFEST_FILE
 from tests.support.browser import measure
 from tests.support.interpreter import interpreter_bytes
 

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from export.backends import LoweredStage, find_backend, tensor_spec
-from export.contract.bundle import (
-    SCHEMA_VERSION,
-    Bundle,
-    Delegation,
-    Manifest,
-    Progress,
-    Stage,
-    TokenizerInfo,
-    open_bundle,
-    parse_stage,
-    resumable_bundle,
-)
+from export.contract.bundle import Bundle, Progress, open_bundle, resumable_bundle
+from export.contract.manifest import Manifest, Stage, TokenizerInfo, parse_stage
+from export.contract.validation import VERSION
 from export.host.process import return_large_blocks
 from export.host.tokenizer import TokenizerFiles, tokenizer_files
 from export.models import stage_model
@@ -37,8 +28,8 @@ TEMPLATES_FOLDER = ".templates"
 
 
 def export_bundle(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: str | Path,
+    destination: str | Path,
     *,
     maximum_context: int | None = None,
     experts: Literal["auto", "dense", "gather"] = "auto",
@@ -90,11 +81,9 @@ def export_bundle(
             writer.path(TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())
         templates = writer.folder / TEMPLATES_FOLDER
         described: dict[str, Stage] = {}
-        delegation: dict[str, Delegation] = {}
         for record in journal.records:
-            found = parse_stage(record["stage"])
+            found = parse_stage(record)
             described[found.name] = found
-            delegation[found.name] = Delegation(**record["delegation"])
         total = len(model.stages) + 2
         for done, stage in enumerate(model.stages, start=1):
             report(done, total, f"lowering {stage.name}")
@@ -104,16 +93,11 @@ def export_bundle(
                 lowered = lowering.lower(stage)
             else:
                 lowered = lowering.instantiate(stage, templates / backend)
-            described[stage.name] = describe_stage(stage, lowered)
+            described[stage.name] = describe_stage(stage, lowered, backend)
             path = writer.path(described[stage.name].file)
             lowered.write(path)
             sync(path)
-            delegation[stage.name] = lowered.delegation
-            record = {
-                "stage": asdict(described[stage.name]),
-                "delegation": asdict(lowered.delegation),
-            }
-            journal.append([record])
+            journal.append([msgspec.to_builtins(described[stage.name])])
         shutil.rmtree(templates, ignore_errors=True)
         report(total - 1, total, "sealing")
         writer.finish(
@@ -123,7 +107,6 @@ def export_bundle(
                 sampler=model.sampler,
                 special_tokens=model.special_tokens,
                 stages=tuple(described[stage.name] for stage in model.stages),
-                backend=backend,
                 versions=_versions(),
                 experts=model.experts,
                 tokenizer=(
@@ -132,7 +115,6 @@ def export_bundle(
                     else TokenizerInfo(TOKENIZER_FILE, tokenizer.chat_template)
                 ),
                 recipe=None if checkpoint.recipe is None else _recipe_summary(checkpoint.recipe),
-                delegation=delegation,
                 notes=model.notes,
                 decoding=model.decoding,
                 schedule=model.schedule,
@@ -148,7 +130,7 @@ def _work(source: Path, options: list[object]) -> str:
         source=str(source.resolve()),
         options=options,
         versions=_versions(),
-        schema_version=SCHEMA_VERSION,
+        schema_version=VERSION,
     )
 
 
@@ -161,17 +143,19 @@ def _check_tokenizer(tokenizer: TokenizerFiles, model: StagedModel) -> None:
     tokenizer.open(model.info.vocabulary_size, model.special_tokens)
 
 
-def describe_stage(stage: StageModule, lowered: LoweredStage) -> Stage:
+def describe_stage(stage: StageModule, lowered: LoweredStage, backend: str) -> Stage:
     """Return the stage as the manifest has it."""
     return Stage(
         name=stage.name,
         role=stage.role,
+        backend=backend,
         file=f"{stage.name}.pte",
         inputs=tuple(
             tensor_spec(name, tensor.dtype, tensor.shape, stage.dynamic.get(name, ()))
             for name, tensor in zip(stage.input_names, stage.example_inputs, strict=True)
         ),
         outputs=lowered.outputs,
+        delegation=lowered.delegation,
     )
 
 

@@ -84,7 +84,8 @@ def toy_tokenizer_json() -> bytes:
 @pytest.fixture
 def toy_bundle(tmp_path: Path, toy_programs: dict[str, bytes], toy_tokenizer_json: bytes) -> Path:
     """A whole bundle folder of the toy model, with its tokenizer and a chat template."""
-    from export.contract.bundle import TokenizerInfo, write_bundle
+    from export.contract.bundle import write_bundle
+    from export.contract.manifest import TokenizerInfo
     from tests.support import toy_model
 
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"

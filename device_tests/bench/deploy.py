@@ -34,7 +34,8 @@ from device_tests.bench.transfer import (
 from device_tests.errors import CommandFailed, DeviceBusy, StorageFull
 from device_tests.remote import files as remote_files
 from device_tests.remote.shell import DEVICE_ROOT, quote
-from export.contract.bundle import MANIFEST_FILE, Bundle
+from export.contract.bundle import Bundle
+from export.contract.manifest import MANIFEST_FILE
 from quantize.errors import BundleError
 
 CHUNK_BYTES = 64 * 2**20

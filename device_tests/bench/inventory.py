@@ -22,7 +22,7 @@ from device_tests.errors import CommandFailed, DeviceBusy
 from device_tests.remote import files as remote_files
 from device_tests.remote.files import Run
 from device_tests.remote.shell import DEVICE_ROOT, quote, run_checked
-from export.contract.bundle import MANIFEST_FILE, MAXIMUM_MANIFEST_BYTES, FileEntry
+from export.contract.manifest import MANIFEST_FILE, MAXIMUM_MANIFEST_BYTES, FileEntry
 from quantize.errors import InputError
 
 _BUNDLE_ID = re.compile(r"[0-9a-f]{16}")

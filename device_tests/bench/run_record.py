@@ -17,7 +17,8 @@ from device_tests.remote import sensors
 from device_tests.remote.conditions import Clocks, Device
 from device_tests.results import records
 from device_tests.results.records import Record
-from export.contract.bundle import Bundle, Manifest
+from export.contract.bundle import Bundle
+from export.contract.manifest import Manifest
 from export.host.puzzles import Puzzle, is_exact
 
 
@@ -48,7 +49,7 @@ def run_conditions(
             "family": manifest.model.family,
             "style": manifest.style,
             "recipe": recipe_name(manifest),
-            "backend": manifest.backend,
+            "backend": ", ".join(manifest.backends),
             "bytes": bundle.total_bytes,
         },
         "workload": dict(workload),

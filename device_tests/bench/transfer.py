@@ -15,7 +15,7 @@ from device_tests.bench.reconnecting import ReconnectingShell
 from device_tests.errors import DeviceError, DeviceGone, ProtocolError
 from device_tests.remote import files as remote_files
 from device_tests.remote.shell import excerpt, quote
-from export.contract.bundle import MANIFEST_FILE
+from export.contract.manifest import MANIFEST_FILE
 from quantize.errors import BundleError
 from quantize.files.durable import sha256_of
 

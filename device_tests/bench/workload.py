@@ -13,7 +13,8 @@ from device_tests.bench.inventory import PACKED_FOLDER
 from device_tests.bench.plan import BenchPlan, PlannedRun
 from device_tests.results.records import PASSES, Pass
 from export.contract import philox
-from export.contract.bundle import Bundle, Manifest
+from export.contract.bundle import Bundle
+from export.contract.manifest import Manifest
 from export.contract.runner_protocol import RunRequest
 from export.contract.scalars import Prompt
 from export.contract.styles import STYLES

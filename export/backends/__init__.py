@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from export.contract.bundle import Delegation, TensorSpec
+from export.contract.manifest import Delegation, TensorSpec
 from export.models.staging import StageModule
 from quantize.errors import LoweringError
 
@@ -52,7 +53,8 @@ def tensor_spec(
     name: str, dtype: torch.dtype, shape: Sequence[int], dynamic: Iterable[int] = ()
 ) -> TensorSpec:
     """Return a tensor as the manifest describes it."""
-    return TensorSpec(name, str(dtype).removeprefix("torch."), tuple(shape), tuple(sorted(dynamic)))
+    kind: Any = str(dtype).removeprefix("torch.")  # checked when the manifest is sealed
+    return TensorSpec(name, kind, tuple(shape), tuple(sorted(dynamic)))
 
 
 def find_backend(name: str) -> Backend:

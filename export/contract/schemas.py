@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from export.contract.manifest import BundleDocument
 from export.contract.runner_protocol import (
     EVENT_TYPES,
     AnyEvent,
@@ -43,6 +44,7 @@ def schemas() -> dict[str, str]:
     """File name -> content of every schema of the contract."""
     events = reduce(or_, EVENT_TYPES.values())
     return {
+        "bundle.schema.json": schema_text("bundle.json of a bundle", BundleDocument),
         "runner_protocol.schema.json": schema_text(
             "Runner protocol: request.json, a line of events.jsonl, result.json",
             OkResult | FailedResult,

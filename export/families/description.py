@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from export.contract.bundle import Call, Decoding, Sampler
+from export.contract.manifest import Call, Decoding, Sampler
 from export.contract.styles import Style
 from export.families.fields import Section
 from export.families.shapes import ModelShape

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from export.contract.bundle import Sampler
+from export.contract.manifest import Sampler
 from export.contract.styles import STYLES
 from export.families.description import Description, Sizes, context_of, sampler_of
 from export.families.fields import Section, model_type_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from export.contract.bundle import Call
+from export.contract.manifest import Call
 from export.contract.styles import STYLES
 from export.families.description import (
     Description,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from export.contract.bundle import SpecialTokens
+from export.contract.manifest import SpecialTokens
 from quantize.errors import CheckpointError
 from quantize.files.json_files import read_json_object
 

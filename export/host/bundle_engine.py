@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.contract.bundle import Bundle, Stage, TensorSpec
+from export.contract.bundle import Bundle
+from export.contract.manifest import Stage, TensorSpec
 from export.host.engine import Engine, check_style, engine_of
 from export.host.executorch_1_5_1 import SCALAR_TYPES, Bindings
 from export.host.interfaces import check_interfaces

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from export.contract.bundle import Decoding, ModelInfo, Sampler, SpecialTokens
+from export.contract.manifest import Decoding, ModelInfo, Sampler, SpecialTokens
 from export.contract.styles import STYLES
 from export.host.loops import SESSIONS
 from export.host.session import Session

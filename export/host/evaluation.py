@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export.contract.bundle import ModelInfo
+from export.contract.manifest import ModelInfo
 from export.host.engine import Engine
 from export.host.puzzles import Puzzle, is_exact
 from export.host.session import Session

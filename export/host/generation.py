@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from export.contract.bundle import SpecialTokens
+from export.contract.manifest import SpecialTokens
 
 FinishReason = Literal["eos", "length", "cancelled"]
 

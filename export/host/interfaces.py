@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from export.contract.bundle import Bundle, Call, Stage, TensorSpec
+from export.contract.bundle import Bundle
+from export.contract.manifest import Call, Stage, TensorSpec
 from export.contract.styles import STYLES
 from quantize.errors import BundleError
 

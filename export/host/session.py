@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from export.contract.bundle import ModelInfo, SpecialTokens
+from export.contract.manifest import ModelInfo, SpecialTokens
 from export.host.generation import (
     CanvasCommitted,
     CanvasDenoised,

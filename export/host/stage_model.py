@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from export.contract.bundle import Decoding, ModelInfo
+from export.contract.manifest import Decoding, ModelInfo
 from export.contract.styles import Style
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.contract.bundle import Call, Decoding, ModelInfo
+from export.contract.manifest import Call, Decoding, ModelInfo
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 

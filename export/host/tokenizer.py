@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from export.contract.bundle import Bundle, SpecialTokens
+from export.contract.bundle import Bundle
+from export.contract.manifest import SpecialTokens
 from quantize.errors import InputError, UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
-from export.contract.bundle import ModelInfo, Sampler
+from export.contract.manifest import ModelInfo, Sampler
 from export.families import FAMILIES, describe
 from export.families.description import TRUNCATION
 from export.families.tokens import mask_token_of, special_tokens_of

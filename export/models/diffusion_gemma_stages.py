@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.contract.bundle import Experts
+from export.contract.manifest import Experts
 from export.contract.styles.base import LAYERS_OUTPUTS
 from export.contract.styles.uniform_diffusion import UniformDiffusion
 from export.families.diffusion_gemma import EMBEDDING, DiffusionGemmaConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from export.contract.bundle import (
+from export.contract.manifest import (
     Call,
     Decoding,
     Experts,

@@ -75,7 +75,8 @@ def _open_subject(
     folder: Path, threads: int | None, memory: MemoryOptions | None
 ) -> tuple[str, Any, Any]:
     """How it is run, an engine and a tokenizer, for a bundle or a checkpoint folder."""
-    from export.contract.bundle import MANIFEST_FILE, open_bundle
+    from export.contract.bundle import open_bundle
+    from export.contract.manifest import MANIFEST_FILE
     from export.host.tokenizer import open_tokenizer
 
     if (folder / MANIFEST_FILE).is_file():

@@ -8,7 +8,8 @@ from quantize.sizes import format_bytes
 from scripts.console import column_table, fact_table, out_console, say
 
 if TYPE_CHECKING:
-    from export.contract.bundle import Bundle, Manifest
+    from export.contract.bundle import Bundle
+    from export.contract.manifest import Manifest
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -23,7 +24,7 @@ def print_bundle(bundle: Bundle) -> None:
         ("size", "delegates", "operators inside", "outside"),
     )
     for stage in manifest.stages:
-        report = manifest.delegation.get(stage.name)
+        report = stage.delegation
         counts = ["-", "-", "-"]
         if report is not None:
             sides = (report.delegated, report.portable)
@@ -67,7 +68,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("sampler", f"{manifest.sampler.name}: {settings}"),
         ("experts", manifest.experts.computation + (f" (a layer: {estimates})" * bool(estimates))),
         ("recipe", str(recipe)),
-        ("backend", manifest.backend),
+        ("backend", ", ".join(manifest.backends)),
         ("made with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
         ("size", f"{format_bytes(bundle.total_bytes)} in {len(bundle.files)} files, {verified}"),
     ]

@@ -176,4 +176,4 @@ def test_what_a_bundle_says_of_itself(gemma4: Made, hrm_text: Made) -> None:
         assert (manifest.model.family, manifest.style) == (family, "autoregressive")
         assert manifest.recipe is not None and json.dumps(manifest.recipe).count("int4-g32")
         # One quantized product each: a layer that fell out of the backend would be slow, not wrong.
-        assert all("linear" not in "".join(d.portable) for d in manifest.delegation.values())
+        assert all("linear" not in "".join(s.delegation.portable) for s in manifest.stages)

@@ -7,17 +7,8 @@ from pathlib import Path
 
 from device_tests.bench.deploy import deploy
 from device_tests.bench.inventory import bundle_id
-from export.contract.bundle import (
-    Bundle,
-    Manifest,
-    ModelInfo,
-    Sampler,
-    SpecialTokens,
-    Stage,
-    TensorSpec,
-    open_bundle,
-    write_bundle,
-)
+from export.contract.bundle import Bundle, open_bundle, write_bundle
+from export.contract.manifest import Manifest, ModelInfo, Sampler, SpecialTokens, Stage, TensorSpec
 from tests.support.folder_transport import FolderTransport
 
 CHUNK = 64 * 1024
@@ -39,8 +30,7 @@ def make_bundle(folder: Path, files: dict[str, bytes], name: str = "toy") -> Bun
         style="uniform_diffusion",
         sampler=Sampler("entropy_bound", {}),
         special_tokens=SpecialTokens(),
-        stages=(Stage("head", "head", next(iter(files)), spec, spec),),
-        backend="portable",
+        stages=(Stage("head", "head", "portable", next(iter(files)), spec, spec),),
         versions={},
     )
     return write_bundle(folder, manifest, files)

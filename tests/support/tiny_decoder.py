@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from export.backends import LoweredStage, lower_stage, tensor_spec
-from export.contract.bundle import (
-    Bundle,
+from export.contract.bundle import Bundle, write_bundle
+from export.contract.manifest import (
     Decoding,
     Delegation,
     Experts,
@@ -28,7 +28,6 @@ from export.contract.bundle import (
     Stage,
     StyleName,
     TensorSpec,
-    write_bundle,
 )
 from export.exporter import describe_stage
 from export.models.head_stages import autoregressive_head_stage, masked_head_stage
@@ -222,14 +221,13 @@ def _bundle(
     for stage in model.stages:
         lowered = lower(stage)
         lowered.write(folder / f"{stage.name}.pte")
-        stages.append(describe_stage(stage, lowered))
+        stages.append(describe_stage(stage, lowered, "xnnpack"))
     manifest = Manifest(
         model=model.info,
         style=model.style,
         sampler=model.sampler,
         special_tokens=model.special_tokens,
         stages=tuple(stages),
-        backend="xnnpack",
         versions={},
         decoding=model.decoding,
         schedule=model.schedule,

@@ -9,14 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.contract.bundle import (
-    Manifest,
-    ModelInfo,
-    Sampler,
-    SpecialTokens,
-    Stage,
-    TensorSpec,
-)
+from export.contract.manifest import Manifest, ModelInfo, Sampler, SpecialTokens, Stage, TensorSpec
 from export.contract.styles.base import LAYERS_OUTPUTS
 from export.contract.styles.uniform_diffusion import UniformDiffusion
 from export.host.eager import eager_stage
@@ -160,12 +153,12 @@ def manifest(info: ModelInfo = INFO, **changes: object) -> Manifest:
         "sampler": Sampler("entropy_bound", dict(SETTINGS)),
         "special_tokens": SPECIAL,
         "stages": (
-            Stage("layers", "layers", "layers.pte", specs(UniformDiffusion.layers_inputs, info),
-                  specs(("hidden",), info)),
-            Stage("head", "head", "head.pte", specs(UniformDiffusion.head_inputs, info),
+            Stage("layers", "layers", "portable", "layers.pte",
+                  specs(UniformDiffusion.layers_inputs, info), specs(("hidden",), info)),
+            Stage("head", "head", "portable", "head.pte",
+                  specs(UniformDiffusion.head_inputs, info),
                   specs(UniformDiffusion.head_outputs, info)),
         ),
-        "backend": "portable",
         "versions": {"executorch": "1.5.1"},
     }  # fmt: skip
     return Manifest(**(fields | changes))

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export.contract.bundle import Bundle, Decoding, Experts, ModelInfo, Sampler, SpecialTokens
+from export.contract.bundle import Bundle
+from export.contract.manifest import Decoding, Experts, ModelInfo, Sampler, SpecialTokens
 from export.models.head_stages import autoregressive_head_stage
 from export.models.staging import StagedModel, StageModule
 from tests.support.tiny_decoder import lowered_bundle

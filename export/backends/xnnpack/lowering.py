@@ -27,7 +27,7 @@ from export.backends.executorch_1_5_1 import (
 )
 from export.backends.xnnpack.dynamic_rows import DynamicRowsPass
 from export.backends.xnnpack.experts import SeparatelyLoweredExperts
-from export.contract.bundle import Delegation, TensorSpec
+from export.contract.manifest import Delegation, TensorSpec
 from export.models.staging import StageModule
 from quantize.errors import LoweringError
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
+import msgspec
 from torch import Tensor, nn
 
 from export.backends import LoweredStage
@@ -32,7 +33,7 @@ from export.backends.executorch_1_5_1 import (
     serialized_parts,
 )
 from export.backends.xnnpack.lowering import lower_stage
-from export.contract.bundle import Delegation, TensorSpec
+from export.contract.manifest import Delegation, TensorSpec
 from export.host.program_file import Extent, read_program_layout
 from export.models.staging import StageModule, Template
 from export.models.weights import RandomWeights, Weights
@@ -126,8 +127,8 @@ def instantiate(stage: StageModule, folder: Path) -> LoweredStage:
         write_json(
             described,
             {
-                "outputs": [asdict(output) for output in lowered.outputs],
-                "delegation": asdict(lowered.delegation),
+                "outputs": msgspec.to_builtins(lowered.outputs),
+                "delegation": msgspec.to_builtins(lowered.delegation),
                 "places": [asdict(place) for place in made.places],
             },
         )
@@ -136,13 +137,9 @@ def instantiate(stage: StageModule, folder: Path) -> LoweredStage:
     program = ProgramTemplate(file, tuple(Place(**place) for place in document["places"]))
     return LoweredStage(
         write=lambda path: program.instantiate(template.weights, path),
-        outputs=tuple(_spec(**output) for output in document["outputs"]),
-        delegation=Delegation(**document["delegation"]),
+        outputs=msgspec.convert(document["outputs"], tuple[TensorSpec, ...]),
+        delegation=msgspec.convert(document["delegation"], Delegation),
     )
-
-
-def _spec(name: str, dtype: str, shape: list[int], dynamic: list[int]) -> TensorSpec:
-    return TensorSpec(name, dtype, tuple(shape), tuple(dynamic))
 
 
 def make_template(

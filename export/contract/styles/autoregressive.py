@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from export.contract.styles.base import SamplerSettings, Style, check_truncation, set_whole
 
 if TYPE_CHECKING:
-    from export.contract.bundle import Decoding, ModelInfo
+    from export.contract.manifest import Decoding, ModelInfo
 
 
 @dataclass(frozen=True)

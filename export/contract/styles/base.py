@@ -15,7 +15,7 @@ from quantize.errors import BundleError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from export.contract.bundle import Decoding, ModelInfo, Sampler, StyleName
+    from export.contract.manifest import Decoding, ModelInfo, Sampler, StyleName
 
 LAYERS_OUTPUTS = ("hidden",)
 """What a pass of the layers returns, in every style."""

@@ -19,7 +19,7 @@ from export.contract.styles.base import (
 )
 
 if TYPE_CHECKING:
-    from export.contract.bundle import Decoding, ModelInfo
+    from export.contract.manifest import Decoding, ModelInfo
 
 NO_THRESHOLD = 2.0
 """Above every score: the number of tokens a step is fixed."""

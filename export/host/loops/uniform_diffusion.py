@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from export.contract import philox
-from export.contract.bundle import SpecialTokens
+from export.contract.manifest import SpecialTokens
 from export.contract.styles.uniform_diffusion import UniformDiffusion, UniformDiffusionSettings
 from export.host.session import Session, Turn
 from export.host.stage_model import StageModel

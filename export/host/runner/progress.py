@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.contract.bundle import SpecialTokens
+from export.contract.manifest import SpecialTokens
 from export.host.generation import CanvasCommitted, CanvasDenoised, Event, PromptEncoded
 from export.host.runner.files import EventsFile
 from export.host.runner.machine import read_temperatures

@@ -117,7 +117,8 @@ class Work:
 
     def _check_bundle(self, request: RunRequest) -> Bundle:
         """Refuse a bundle before anything large is imported."""
-        from export.contract.bundle import MANIFEST_FILE, open_bundle
+        from export.contract.bundle import open_bundle
+        from export.contract.manifest import MANIFEST_FILE
 
         with self._timed("verify_ms"):
             bundle = open_bundle(request.bundle, verify=request.verify)
@@ -129,12 +130,13 @@ class Work:
                     f"{expected[:16]}...; deploy the bundle again"
                 )
         self.result["delegation"] = {
-            stage: {
+            stage.name: {
                 "delegates": report.delegates,
                 "delegated": sum(report.delegated.values()),
                 "portable": sum(report.portable.values()),
             }
-            for stage, report in bundle.manifest.delegation.items()
+            for stage in bundle.manifest.stages
+            if (report := stage.delegation) is not None
         }
         return bundle
 
@@ -168,7 +170,8 @@ class Work:
             import_bindings()  # here, or it would count as loading
 
     def _load(self, request: RunRequest, bundle: Bundle) -> Engine:
-        from export.contract.bundle import MANIFEST_FILE, open_bundle
+        from export.contract.bundle import open_bundle
+        from export.contract.manifest import MANIFEST_FILE
         from export.host.bundle_engine import open_engine
 
         self._stop_if_cancelled()

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from export.contract.bundle import Bundle, Stage
+from export.contract.bundle import Bundle
+from export.contract.manifest import Stage
 from export.host.process import resident_bytes, storage_read_bytes
 from export.host.program_file import read_program_layout, read_program_memory
 from export.host.streaming import pack_weights

@@ -18,7 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from export.contract.bundle import Bundle, Stage, open_bundle
+from export.contract.bundle import Bundle, open_bundle
+from export.contract.manifest import Stage
 from export.host.process import captured_stderr, die_with_parent
 from export.host.program_file import read_program_memory
 from export.host.streaming.mapped_bytes import MappedBytes

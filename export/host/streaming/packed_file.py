@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from export.contract.bundle import MANIFEST_FILE, Bundle
+from export.contract.bundle import Bundle
+from export.contract.manifest import MANIFEST_FILE
 from quantize.errors import InputError, OutputError
 
 MAGIC, FORMAT_VERSION = 0x58505743, 2

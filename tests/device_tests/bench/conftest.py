@@ -13,7 +13,8 @@ from device_tests.bench.measurement import bench
 from device_tests.bench.plan import BenchPlan
 from device_tests.bench.run_folder import RUNS_FOLDER
 from device_tests.local.device import LocalDevice
-from export.contract.bundle import Bundle, TokenizerInfo, write_bundle
+from export.contract.bundle import Bundle, write_bundle
+from export.contract.manifest import TokenizerInfo
 from tests.support import toy_model
 from tests.support.bench_tools import DEPLOYMENT, Scripted, connect
 from tests.support.folder_transport import FolderTransport

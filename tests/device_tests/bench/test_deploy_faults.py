@@ -20,7 +20,8 @@ from device_tests.bench.inventory import bundle_id, deployed
 from device_tests.bench.transfer import TransferDamaged
 from device_tests.errors import CommandFailed, DeviceGone, ProtocolError, StorageFull
 from device_tests.remote.shell import run_checked
-from export.contract.bundle import Bundle, FileEntry, open_bundle
+from export.contract.bundle import Bundle, open_bundle
+from export.contract.manifest import FileEntry
 from quantize.errors import BundleError
 from tests.support.folder_transport import FolderTransport
 from tests.support.push_tools import (

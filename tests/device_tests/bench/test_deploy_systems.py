@@ -14,7 +14,8 @@ from device_tests.bench.deploy import deploy
 from device_tests.bench.inventory import clean, deployed
 from device_tests.remote import files as remote_files
 from device_tests.remote.shell import run_checked
-from export.contract.bundle import Bundle, FileEntry
+from export.contract.bundle import Bundle
+from export.contract.manifest import FileEntry
 from tests.support.folder_transport import FolderTransport
 from tests.support.push_tools import CHUNK, ODD_NAMES, assert_whole, make_bundle, push, random_bytes
 from tests.support.small_systems import SMALL_SYSTEMS, small_device

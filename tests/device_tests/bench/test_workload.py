@@ -13,14 +13,8 @@ from device_tests.bench.plan import BenchPlan
 from device_tests.bench.runner import LinuxRunner
 from device_tests.bench.workload import prepare, random_prompt, workload
 from device_tests.results import records
-from export.contract.bundle import (
-    Bundle,
-    ModelInfo,
-    SpecialTokens,
-    TokenizerInfo,
-    open_bundle,
-    write_bundle,
-)
+from export.contract.bundle import Bundle, open_bundle, write_bundle
+from export.contract.manifest import ModelInfo, SpecialTokens, TokenizerInfo
 from export.host.bundle_engine import open_engine
 from export.host.evaluation import evaluate
 from export.host.puzzles import held_out

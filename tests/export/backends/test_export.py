@@ -160,13 +160,13 @@ def test_manifest_says_what_was_lowered(demo_bundle: Bundle, demo_int4: Path) ->
     staged = stage_model(open_checkpoint(demo_int4))
     assert manifest.experts.computation == "dense"
     assert set(manifest.experts.estimated_ms_per_layer) == {"dense", "gather"}
-    for stage in staged.stages:
+    for stage, described in zip(staged.stages, manifest.stages, strict=True):
         quantized = sum(
             getattr(weight, "activation_quantization", None) is not None
             for weight in stage.load().parameters()
         )
         assert quantized > 0
-        assert manifest.delegation[stage.name].delegated[QUANTIZED_LINEAR] == quantized
+        assert described.delegation.delegated[QUANTIZED_LINEAR] == quantized
     assert manifest.recipe is not None
     assert manifest.versions.keys() == {"executorch", "torch", "torchao"}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.backends import LoweredStage, lower_stage
-from export.contract.bundle import Delegation
+from export.contract.manifest import Delegation
 from export.models.blocks import gelu_tanh
 from export.models.experts import DenseExperts, Expert, GatheredExperts, chosen_rows
 from export.models.staging import StageModule

@@ -145,7 +145,7 @@ def test_a_cut_bundle_generates_the_tokens_of_the_whole_one(
     )
     names = [stage.name for stage in cut_bundle.manifest.stages]
     assert names == ["entry", "layers_00", "layers_01", "norm", "head"]
-    assert cut_bundle.manifest.delegation.keys() == set(names)
+    assert all(stage.delegation is not None for stage in cut_bundle.manifest.stages)
     for seed, prompt in enumerate([[1, 2, 3], list(range(40)), [63] * 17]):
         answers = []
         for bundle in (whole, cut_bundle):

@@ -8,22 +8,14 @@ import os
 import re
 import resource
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from export.contract.bundle import (
-    BundleWriter,
-    Delegation,
-    Experts,
-    SpecialTokens,
-    TokenizerInfo,
-    open_bundle,
-    stage_bundle,
-    write_bundle,
-)
+from export.contract.bundle import BundleWriter, open_bundle, stage_bundle, write_bundle
+from export.contract.manifest import Delegation, Experts, SpecialTokens, TokenizerInfo
 from quantize.errors import BundleError, OutputError
 from tests.support import toy_model
 
@@ -51,8 +43,12 @@ def test_a_written_manifest_reads_back_equal(tmp_path: Path) -> None:
         experts=Experts("gather", {"dense": 2.5, "gather": 1.0}),
         tokenizer=TokenizerInfo("text/tokenizer.json", "{{ messages }}"),
         recipe={"name": "int4-g32", "rules": []},
-        delegation={"layers": Delegation(2, {"linear": 7}, {"embedding": 1})},
     )
+    layers, head = manifest.stages
+    delegation = Delegation(2, {"linear": 7}, {"embedding": 1})
+    other = replace(head, backend="vulkan", data_file="layers.pte")
+    manifest = replace(manifest, stages=(replace(layers, delegation=delegation), other))
+    assert manifest.backends == ("portable", "vulkan")
     files = PROGRAMS | {"text/tokenizer.json": b"{}"}
     written = write_bundle(tmp_path / "bundle", manifest, files)
     read = open_bundle(tmp_path / "bundle")
@@ -83,8 +79,8 @@ def test_files_can_come_from_other_places(tmp_path: Path) -> None:
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def change_field(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
-    def change(document: dict[str, Any]) -> None:
+def change_field(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: Any) -> None:
         for part in path[:-1]:
             document = document[part]
         document[path[-1]] = to
@@ -93,7 +89,11 @@ def change_field(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
 
 
 REFUSED_MANIFESTS = {
-    "a newer schema version": (change_field("schema_version", to=3), "schema version 3.*update"),
+    "a newer schema version": (change_field("schema_version", to=2), "schema version 2.*update"),
+    "an older schema version": (
+        change_field("schema_version", to=0),
+        "schema version 0.*export the bundle again",
+    ),
     "a schema version that is no integer": (change_field("schema_version", to="1"), "'1'"),
     "a schema version that is true": (change_field("schema_version", to=True), "True"),
     "a style that is not known": (change_field("style", to="telepathy"), "style.*telepathy"),
@@ -114,9 +114,18 @@ REFUSED_MANIFESTS = {
         change_field("files", "head.pte", "sha256", to="abc"),
         "files.head.pte.sha256",
     ),
-    "delegation of a stage that is not there": (
-        change_field("delegation", to={"tail": {"delegates": 1, "delegated": {}, "portable": {}}}),
-        "tail",
+    "delegation that counts below zero": (
+        change_field(
+            "stages",
+            0,
+            "delegation",
+            to={"delegates": 1, "delegated": {"tail": -1}, "portable": {}},
+        ),
+        r"stages\.0\.delegation\.delegated\.tail",
+    ),
+    "a stage without its backend": (
+        lambda document: document["stages"][1].pop("backend"),
+        r"stages\.1 .*backend",
     ),
 }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from export.contract.bundle import Sampler, Stage, open_bundle, write_bundle
+from export.contract.bundle import open_bundle, write_bundle
+from export.contract.manifest import Sampler, Stage
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.host.bundle_engine import open_engine
 from export.host.loops.uniform_diffusion import UniformDiffusionSession
@@ -58,7 +59,8 @@ def test_layers_can_be_cut_into_several_stages(
 
     manifest = toy_model.manifest()
     layers, head = manifest.stages
-    second = Stage("second", "layers", "second.pte", toy_model.specs(("hidden", "start")),
+    second = Stage("second", "layers", "portable", "second.pte",
+                   toy_model.specs(("hidden", "start")),
                    toy_model.specs(("hidden",)))  # fmt: skip
     files = toy_programs | {"second.pte": toy_model.lower(Second(), ("hidden", "start"))}
     bundle = write_bundle(tmp_path / "cut", replace(manifest, stages=(layers, second, head)), files)

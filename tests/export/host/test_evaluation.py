@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from export.contract.bundle import ModelInfo, SpecialTokens
+from export.contract.manifest import ModelInfo, SpecialTokens
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.host.engine import Engine
 from export.host.evaluation import Tally, evaluate, target_canvas

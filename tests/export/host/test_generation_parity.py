@@ -15,7 +15,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from export.contract import philox
-from export.contract.bundle import SpecialTokens
+from export.contract.manifest import SpecialTokens
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
 from export.host.eager import eager_engine
 from export.host.generation import CanvasDenoised

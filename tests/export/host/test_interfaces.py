@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from export.contract.bundle import Bundle, write_bundle
 from export.host.bundle_engine import open_engine
@@ -28,7 +28,10 @@ def test_stages_that_do_not_fit_the_loop_are_refused(tmp_path: Path) -> None:
     info, decoding = bundle.manifest.model, bundle.manifest.decoding
     assert decoding is not None
     cases: list[tuple[Bundle, str]] = [
-        (with_stage(bundle, 1, lambda s: replace(s, inputs=s.inputs[:-1])), "does not understand"),
+        (
+            with_stage(bundle, 1, lambda s: replace(s, inputs=s.inputs[:-1])),
+            "does not understand",
+        ),
         (with_stage(bundle, 1, lambda s: resized(s, "hidden", (1, 24, 8))), "is given float32"),
         (with_stage(bundle, 1, lambda s: resized(s, "rows", (4,))), "the loop gives up to 8"),
         (

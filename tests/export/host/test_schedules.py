@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
-from export.contract.bundle import Call
+from export.contract.manifest import Call
 from export.host.bundle_engine import open_engine
 from export.host.eager import eager_engine
 from export.models.staging import StagedModel, StageModule
@@ -152,7 +153,7 @@ def test_a_schedule_that_cannot_run_is_refused(case: str, tmp_path: Path) -> Non
     changes, says = BAD_SCHEDULES[case]
     bundle = hollow_bundle(scheduled(), tmp_path)
     calls = tuple(changes.get(i, call) for i, call in enumerate(bundle.manifest.schedule))
-    changed = replace(bundle, manifest=replace(bundle.manifest, schedule=calls))
+    changed = structs.replace(bundle, manifest=structs.replace(bundle.manifest, schedule=calls))
     with pytest.raises(BundleError, match=says) as caught:
         open_engine(changed)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from export.contract.bundle import SpecialTokens
+from export.contract.manifest import SpecialTokens
 from export.host.tokenizer import REPLACEMENT, TextTokenizer, render_chat, tokenizer_files
 from quantize.errors import InputError
 from tests.support.toy_model import SPECIAL

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from export.contract.bundle import Decoding, SpecialTokens
+from export.contract.manifest import Decoding, SpecialTokens
 from export.contract.styles.masked_diffusion import MaskedDiffusionSettings
 from export.families import FAMILIES
 from export.families.dense import DenseConfig

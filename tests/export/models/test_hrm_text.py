@@ -12,7 +12,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
 from export.backends import lower_stage
-from export.contract.bundle import Call
+from export.contract.manifest import Call
 from export.host.eager import eager_engine, eager_stages
 from export.host.stages import LoadedStages
 from export.models import stage_model

@@ -17,7 +17,8 @@ from device_tests.bench.memory_budget import (
 from device_tests.results import report
 from device_tests.results.planned import with_forecasts
 from device_tests.results.summary import summarize
-from export.contract.bundle import Bundle, FileEntry
+from export.contract.bundle import Bundle
+from export.contract.manifest import FileEntry
 from export.families import read_shape
 from export.host.program_file import ProgramMemory, read_program_memory
 from export.plan.budget import LINUX_RUNNER, budget_of_bundle

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from export.contract import philox
-from export.contract.bundle import Bundle, SpecialTokens, Stage
+from export.contract.bundle import Bundle
+from export.contract.manifest import SpecialTokens, Stage
 from export.contract.styles.autoregressive import Autoregressive, AutoregressiveSettings
 from export.host.bundle_engine import open_engine
 from export.host.eager import eager_engine, eager_stages
@@ -315,7 +317,7 @@ def test_the_stages_are_those_of_the_heads(tmp_path: Path) -> None:
     assert model.stages[1].output_names == Autoregressive.head_outputs
     bundle: Bundle = hollow_bundle(model, tmp_path)
     layers, head = bundle.manifest.stages
-    other: Stage = replace(head, outputs=head.outputs[:-1])
-    manifest = replace(bundle.manifest, stages=(layers, other))
+    other: Stage = structs.replace(head, outputs=head.outputs[:-1])
+    manifest = structs.replace(bundle.manifest, stages=(layers, other))
     with pytest.raises(BundleError, match="does not understand"):
-        open_engine(replace(bundle, manifest=manifest))
+        open_engine(structs.replace(bundle, manifest=manifest))

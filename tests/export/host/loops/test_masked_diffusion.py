@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.contract.bundle import SpecialTokens
+from export.contract.manifest import SpecialTokens
 from export.contract.styles.masked_diffusion import MaskedDiffusion, MaskedDiffusionSettings
 from export.heads.samplers import masked
 from export.host.bundle_engine import open_engine

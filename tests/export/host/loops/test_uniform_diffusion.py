@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from export.contract import philox
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
@@ -149,13 +150,13 @@ def test_generation_ends_after_a_canvas_with_an_end_token_and_pads_behind_it() -
 
 def test_without_a_padding_token_what_follows_the_end_stays() -> None:
     model = ScriptedModel([[7, 1, 8, 1, 8, 8]])
-    session = UniformDiffusionSession(model, replace(SPECIAL, pad=None), SETTINGS)
+    session = UniformDiffusionSession(model, structs.replace(SPECIAL, pad=None), SETTINGS)
     assert session.generate(PROMPT, 2 * T).tokens == (7, 1, 8, 1, 8, 8)
 
 
 def test_any_of_several_end_tokens_ends() -> None:
     model = ScriptedModel([canvas_of(7, 22)])
-    session = UniformDiffusionSession(model, replace(SPECIAL, eos=(1, 22)), SETTINGS)
+    session = UniformDiffusionSession(model, structs.replace(SPECIAL, eos=(1, 22)), SETTINGS)
     assert session.generate(PROMPT, 2 * T).answer_tokens == (7,)
 
 
