@@ -37,6 +37,7 @@ from export.contract.bundle import open_bundle
 from export.host.process import processor_name
 from export.plan.presets import read_config
 from quantize.checkpoint import RECIPE_FILE
+from quantize.files.journal import Journal
 from quantize.sizes import parse_bytes
 from scripts.training.make_checkpoint import MAX_SHARD_BYTES, RandomCheckpoint, plan_checkpoint
 
@@ -60,8 +61,9 @@ def main() -> None:
         layers=arguments.layers,
         max_shard_bytes=arguments.max_shard_size,
     )
-    rehearse(arguments, checkpoint, Log(work))
-    _report(arguments, checkpoint, Log(work).records)
+    log = Log(work)
+    rehearse(arguments, checkpoint, log)
+    _report(arguments, checkpoint, log.records)
 
 
 class Log:
@@ -69,10 +71,11 @@ class Log:
 
     def __init__(self, work: Path):
         self.work = work
-        self._path = work / "log.jsonl"
         self._begun = work / "begun"
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self._journal = Journal(work / "log.jsonl", "rehearsal")
+        if self._journal.is_new:
+            self._journal.begin()
+        self.records: list[dict[str, Any]] = list(self._journal.records)
 
     def has(self, step: str) -> bool:
         """Whether an earlier run did it."""
@@ -119,10 +122,7 @@ class Log:
     def note(self, record: dict[str, Any]) -> None:
         """The step is done, and stays so after a power cut."""
         record = {key: value for key, value in record.items() if key != "printed"}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._journal.append([record])
         self.records.append(record)
 
 

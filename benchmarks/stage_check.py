@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from export.host.stages import LoadedStage
 from export.models import stage_model
 from export.models.staging import StageModule
 from quantize.checkpoint import open_checkpoint
+from quantize.files.journal import Journal
 from scripts.console import reporting
 
 LIMIT = 0.02
@@ -74,8 +74,10 @@ def check(checkpoint: Path, bundle: Path, work: Path) -> Iterator[tuple[int, dic
         layers_per_stage=1,
     )
     passes = _begin(staged.stages, manifest.model.vocabulary_size, manifest.model.canvas_length)
-    log = work / "records.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    journal = Journal(work / "records.jsonl", f"{checkpoint} {bundle}")
+    if journal.is_new:
+        journal.begin()
+    records = list(journal.records)
     before: StageModule | None = None
     for number, (stage, module) in enumerate(zip(manifest.stages, staged.stages, strict=True)):
         kept = [work / f"{stage.name}.{which}.safetensors" for which in range(len(passes))]
@@ -93,10 +95,7 @@ def check(checkpoint: Path, bundle: Path, work: Path) -> Iterator[tuple[int, dic
             }
             for path, named in zip(kept, ours, strict=True):
                 save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            journal.append([record])
             records.append(record)
         for named, path in zip(passes, kept, strict=True):
             named |= load_file(path)
