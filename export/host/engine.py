@@ -28,9 +28,9 @@ from typing import Any, Protocol
 
 from export.contract.manifest import Decoding, ModelInfo, Sampler, SpecialTokens
 from export.contract.styles import STYLES
+from export.host.loop_model import Stages
 from export.host.loops import SESSIONS
 from export.host.session import Session
-from export.host.stage_model import Stages
 from quantize.errors import BundleError, InputError
 
 
@@ -46,7 +46,7 @@ class Engine:
     """A loaded model with the settings of its sampler.
 
     model: as the style's loop calls it. settings: what the bundle states, the default of every
-    session. heeded: names of the settings that its program heeds; None: all. threads: of
+    session. settable: names of the settings that its program heeds; None: all. threads: of
     ExecuTorch; None for eager modules. weights: None unless they are mapped from a file.
     """
 
@@ -54,7 +54,7 @@ class Engine:
     model: Any
     special_tokens: SpecialTokens
     settings: Any
-    heeded: frozenset[str] | None = None
+    settable: frozenset[str] | None = None
     threads: int | None = None
     weights: StreamedWeights | None = None
 
@@ -72,7 +72,7 @@ class Engine:
 
         Raises InputError for one that the program does not heed, and for its value.
         """
-        names = [n for n in vars(self.settings) if self.heeded is None or n in self.heeded]
+        names = [n for n in vars(self.settings) if self.settable is None or n in self.settable]
         if unknown := sorted(changes.keys() - set(names)):
             hint = "; export it with --truncation for top_p and top_k"
             raise InputError(

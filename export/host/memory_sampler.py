@@ -17,7 +17,7 @@ _PARENT_CHECK_S = 1.0
 def sample(pid: int | str = "self") -> dict[str, int | None]:
     """One sample of a process: sizes in bytes, page faults since it began.
 
-    From smaps_rollup and stat; a value that the system does not tell is None. `file_bytes` is what
+    From smaps_rollup and stat; one that the system does not state is None. `file_bytes` is what
     is resident and not anonymous: mapped files and shared memory.
     """
     sizes = _sizes(pid)

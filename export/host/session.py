@@ -24,8 +24,8 @@ from export.host.generation import (
     PromptEncoded,
     StepStats,
 )
+from export.host.loop_model import LoopModel
 from export.host.process import peak_rss_bytes
-from export.host.stage_model import StageModel
 from quantize.errors import InputError
 
 
@@ -231,7 +231,7 @@ class Session:
     """
 
     turn_class: ClassVar[type[Turn]]
-    model_class: ClassVar[type[StageModel]]
+    model_class: ClassVar[type[LoopModel]]
 
     def __init__(self, model: Any, special_tokens: SpecialTokens, settings: Any) -> None:
         """settings: of the style's sampler, the default of `generate`."""

@@ -14,8 +14,8 @@ import numpy as np
 
 from export.contract import philox
 from export.contract.styles.autoregressive import Autoregressive
+from export.host.loop_model import BlockModel
 from export.host.session import Session, Turn
-from export.host.stage_model import BlockModel
 from quantize.errors import InputError
 
 

@@ -26,8 +26,8 @@ import numpy as np
 
 from export.contract import philox
 from export.contract.styles.masked_diffusion import NO_THRESHOLD, MaskedDiffusion
+from export.host.loop_model import BlockModel
 from export.host.session import Session, Turn
-from export.host.stage_model import BlockModel
 
 
 @dataclass(frozen=True)

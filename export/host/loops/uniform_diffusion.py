@@ -16,8 +16,8 @@ import numpy as np
 from export.contract import philox
 from export.contract.manifest import SpecialTokens
 from export.contract.styles.uniform_diffusion import UniformDiffusion, UniformDiffusionSettings
+from export.host.loop_model import LoopModel
 from export.host.session import Session, Turn
-from export.host.stage_model import StageModel
 from quantize.errors import InputError
 
 
@@ -39,7 +39,7 @@ class HeadOutput:
     signal: Any
 
 
-class UniformDiffusionModel(StageModel):
+class UniformDiffusionModel(LoopModel):
     """The model as this loop calls it. Arrays are `[T]`: int64 tokens, fp32 numbers."""
 
     style = UniformDiffusion

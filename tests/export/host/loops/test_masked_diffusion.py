@@ -220,7 +220,7 @@ def test_public_formats_give_their_samplers_tokens_over_the_model_of_transformer
 
     engine = eager_engine(stage_model(open_checkpoint(tmp_path / "hf"), maximum_context=96))
     plainest = {"temperature": 0.0, "top_p": 1.0, "prefix_cache": 0}
-    settings = engine.settings_with({k: v for k, v in plainest.items() if k in engine.heeded})
+    settings = engine.settings_with({k: v for k, v in plainest.items() if k in engine.settable})
     ours = engine.session()
     prompt = np.random.default_rng(2).integers(0, 80, 21).tolist()
     ours.special_tokens = NO_END

@@ -28,7 +28,7 @@ class Stages(Protocol):
         """The head on its inputs by name; returns its outputs by name, as tensors."""
 
 
-class StageModel:
+class LoopModel:
     """Base of the styles' models, which have methods `layers` and `head` for their loops."""
 
     style: ClassVar[type[Style]]
@@ -53,7 +53,7 @@ class StageModel:
         return self.stages.head(dict(zip(self.style.head_inputs, inputs, strict=True)))
 
 
-class BlockModel(StageModel):
+class BlockModel(LoopModel):
     """What masked diffusion and autoregressive models share: layers that see blocks."""
 
     def layers(self, tokens: np.ndarray, start: int, block_length: int) -> Any:
