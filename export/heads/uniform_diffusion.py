@@ -6,7 +6,6 @@ tanh, an exp and six multiplications or additions (`benchmarks/vocabulary_head.p
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,6 @@ from export.heads.vocabulary import (
     descend,
 )
 
-Arithmetic = Literal["fp32", "int8"]
-
 _HIGHEST_SUM = 80.0
 """Largest exponent that a sum over the vocabulary may reach: exp(88.7) is the fp32 maximum."""
 
@@ -44,20 +41,19 @@ _PADDING_LOGIT = -1.0e4
 class DiffusionHead(ChunkedVocabulary):
     """Soft-capped, tempered softmax over a tied vocabulary, with the entropy-bound sampler.
 
+    A quantized table multiplies int8 dynamic activations, and for the soft embedding (softmax @
+    table) probabilities in int8 per position and chunk multiply the table in int8 per hidden unit
+    and chunk.
+
     Args:
         table: embedding table tied with the head, [V, H]: fp32, or a torchao
             `IntxUnpackedToInt8Tensor` (int8 per row, or int4 in groups along H).
         soft_cap: logits are `soft_cap * tanh(raw / soft_cap)`; None for no cap.
         canvas_length: T.
         chunk_columns: at most this many logits per position are held at once.
-        logits: "int8" multiplies int8 dynamic activations by the quantized table; "fp32" multiplies
-            in fp32. None: "int8" for a quantized table, "fp32" for a plain one.
-        soft_embedding: arithmetic of softmax @ table: "fp32", or "int8": probabilities quantized
-            per position and chunk, the transposed table per hidden unit and chunk. None: like
-            `logits`.
 
     Raises:
-        ValueError: a shape, a size or a choice without meaning, with the value seen.
+        ValueError: a shape or a size without meaning, with the value seen.
     """
 
     def __init__(
@@ -67,21 +63,17 @@ class DiffusionHead(ChunkedVocabulary):
         soft_cap: float | None,
         canvas_length: int,
         chunk_columns: int = CHUNK_COLUMNS,
-        logits: Arithmetic | None = None,
-        soft_embedding: Arithmetic | None = None,
     ) -> None:
-        quantized = isinstance(table, IntxUnpackedToInt8Tensor)
-        logits = logits or ("int8" if quantized else "fp32")
-        soft_embedding = soft_embedding or logits
-        _check_arguments(table, soft_cap, canvas_length, chunk_columns, logits, soft_embedding)
-        if quantized and logits == "fp32":
-            table = table.dequantize()
+        check_table(table, soft_cap, chunk_columns)
+        if canvas_length < 1:
+            raise ValueError(f"canvas_length is {canvas_length}; it must be at least 1")
         super().__init__(table, soft_cap, chunk_columns, self._padding_bias)
-        self.soft_embedding_arithmetic = soft_embedding
         self.canvas_length = canvas_length
         self.highest = _HIGHEST_SUM - math.log(self.vocabulary)
         self.padding_value = _PADDING_LOGIT if soft_cap is None else -1.0
-        self.soft_chunks = nn.ModuleList(self._soft_chunk(table, k) for k in range(self.chunks))
+        self.soft_chunks = nn.ModuleList(
+            self._soft_chunk(chunk.weight) for chunk in self.logit_chunks
+        )
         tokens = torch.stack([self.chunk_tokens(k) for k in range(self.chunks)], dim=1)
         padding = (tokens >= self.vocabulary).to(torch.float32)
         per_group = [part.sum(dim=1) for part in padding.split(self.group_chunks, dim=1)]
@@ -244,48 +236,14 @@ class DiffusionHead(ChunkedVocabulary):
         padding = tokens >= self.vocabulary
         return torch.where(padding, _PADDING_LOGIT, 0.0) if bool(padding.any()) else None
 
-    def _soft_chunk(self, table: Tensor, k: int) -> Linear:
-        rows = _rows(table, k, self.chunks)
-        rows = F.pad(rows, (0, 0, 0, self.columns - rows.shape[0]))
-        columns = rows.t().contiguous()
-        if self.soft_embedding_arithmetic == "fp32":
-            return Linear(columns, None)
-        return Linear(
-            IntxUnpackedToInt8Tensor.from_hp(
-                columns,
-                (1, self.columns),
-                torch.int8,
-                activation_quantization="int8_asym_per_token",
-            ),
-            None,
+    def _soft_chunk(self, weight: Tensor) -> Linear:
+        if not self.int8_activations:
+            return Linear(weight.t().contiguous(), None)
+        columns = weight.dequantize().t().contiguous()
+        transposed = IntxUnpackedToInt8Tensor.from_hp(
+            columns,
+            (1, self.columns),
+            torch.int8,
+            activation_quantization="int8_asym_per_token",
         )
-
-
-def _rows(table: Tensor, start: int, stride: int) -> Tensor:
-    """Rows start, start + stride, ... of a table, fp32, without dequantizing the others."""
-    if not isinstance(table, IntxUnpackedToInt8Tensor):
-        return table[start::stride].to(torch.float32)
-    quantized = table.qdata[start::stride].to(torch.float32)
-    scale = table.scale[start::stride].to(torch.float32)
-    zero = table.zero_point[start::stride].to(torch.float32)
-    group = table.block_size[1]
-    grouped = quantized.reshape(quantized.shape[0], -1, group)
-    return ((grouped - zero.unsqueeze(2)) * scale.unsqueeze(2)).reshape(quantized.shape)
-
-
-def _check_arguments(
-    table: Tensor,
-    soft_cap: float | None,
-    canvas_length: int,
-    chunk_columns: int,
-    logits: str,
-    soft_embedding: str,
-) -> None:
-    check_table(table, soft_cap, chunk_columns)
-    if canvas_length < 1:
-        raise ValueError(f"canvas_length is {canvas_length}; it must be at least 1")
-    for name, value in (("logits", logits), ("soft_embedding", soft_embedding)):
-        if value not in ("fp32", "int8"):
-            raise ValueError(f'{name} is {value!r}; it must be "fp32", "int8" or None')
-    if logits == "int8" and not isinstance(table, IntxUnpackedToInt8Tensor):
-        raise ValueError('logits is "int8", but the table is not quantized; quantize it first')
+        return Linear(transposed, None)

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.heads.lookup import lookup_table
-
 CHUNK_COLUMNS = 2048
 """Logits per row and chunk. [256, 2048] in fp32 are 2 MiB: halves of it stay in the caches of two
 cores. Measured: 4096 takes 7 % longer, 1024 the same; lowering time goes with the chunks."""
@@ -161,7 +159,8 @@ class WholeVocabulary(nn.Module):
         fan, rest = descend(by_fan, uniform * total)
         picked = torch.gather(weights, 1, fan * self.fan + torch.arange(self.fan))
         within, _ = descend(picked, rest)
-        return fan * self.fan + with_weight(within, picked), total
+        within = with_weight(within, picked)
+        return fan * self.fan + within, total
 
 
 class SumFans(nn.Module):
@@ -244,6 +243,24 @@ def product(table: Tensor, start: int, stride: int, columns: int, bias: Tensor |
         activation_quantization="int8_asym_per_token",
     )
     return Linear(weight, bias)
+
+
+def lookup_table(table: Tensor) -> Tensor:
+    """The table `[V, H]` for looking rows up: weight-only, with fp32 scales.
+
+    ExecuTorch's 4-bit embedding kernel reads bf16 scales as if they were fp32.
+    """
+    if not isinstance(table, IntxUnpackedToInt8Tensor):
+        return table
+    return IntxUnpackedToInt8Tensor(
+        qdata=table.qdata,
+        scale=table.scale.to(torch.float32),
+        zero_point=table.zero_point,
+        target_dtype=table.target_dtype,
+        block_size=table.block_size,
+        dtype=table.dtype,
+        activation_quantization=None,
+    )
 
 
 def exclusion(tokens: Tensor, vocabulary: int, mask_token: int | None) -> Tensor | None:

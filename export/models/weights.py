@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from export.heads.lookup import lookup_table
+from export.heads.vocabulary import lookup_table
 from quantize.checkpoint import PackedIntegers
 from quantize.errors import CheckpointError
 from quantize.packing import pack_int4
