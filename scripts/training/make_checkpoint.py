@@ -293,8 +293,12 @@ def _write_json_files(checkpoint: RandomCheckpoint, folder: Path) -> None:
 
 
 def make_checkpoint(
-    model: Annotated[str, typer.Argument(help="A preset, a config.json, or a folder with one.")],
-    destination: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A preset, a config.json, or a folder with one.")
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DESTINATION", help="New folder for the checkpoint.")
+    ],
     seed: Seed = 0,
     layers: Annotated[int | None, typer.Option(help="Keep so many layers.")] = None,
     max_shard_size: Annotated[

@@ -7,7 +7,7 @@ exact match beside speed. Optimizer, tokenizer and data are those of `scripts.tr
 
 The masked model sees each row twice in one pass, as clean blocks and as noisy ones: a noisy block
 sees itself and the clean blocks before it, which is what a denoising step sees over its cache. Its
-noise level is 1 for `train_demo.PURE_NOISE_SHARE` of the blocks, as when denoising starts, and
+noise level is 1 for `PURE_NOISE_SHARE` of the blocks, as when denoising starts, and
 uniform in 0..1 for the others; the loss is the mean cross-entropy of the masked positions, not
 weighted by the level. Its folder is in SDAR's format (arXiv 2510.06303): Qwen3's tensors, blocks,
 and a confidence threshold that lets several positions through in one step.
@@ -15,35 +15,42 @@ and a confidence threshold that lets several positions through in one step.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
+import typer
 from torch import Tensor
 
 from export.host.puzzles import KINDS, generate
-from scripts.training import train_demo
-from scripts.training.train_demo import (
+from quantize.files.durable import write_json
+from scripts.bundles import open_eager
+from scripts.commands import run_command
+from scripts.console import Reporter, reporting
+from scripts.options import Seed, Threads
+from scripts.training.loop import FIGURES_FILE, check_work, train_steps, written_beside
+from scripts.training.optimizer import Recipe
+from scripts.training.options import Destination, FinalPuzzles, Resume, Steps
+from scripts.training.puzzle_text import (
+    BOS,
+    CANVAS_LENGTH,
     EOS,
     PAD,
     PROMPT_LENGTH,
+    PURE_NOISE_SHARE,
     TURN_END,
     VOCABULARY,
-    Optimizer,
-    Recipe,
-    fake_int,
-    is_matrix,
-    rate_factor,
-    save_state,
+    build_tokenizer,
+    puzzles_of_step,
+    step_seed,
+    tensors,
+    write_companions,
 )
+from scripts.training.rounding import Weights, fake_int, is_matrix
 
 Kind = Literal["autoregressive", "masked"]
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -54,8 +61,6 @@ BLOCK = 8
 LENGTH = 56
 """Positions of a row: the longest prompt and canvas, in whole blocks."""
 MASK = VOCABULARY.index("<unused0>")
-CANVAS = train_demo.CANVAS_LENGTH
-STATE_FILE = "state.pt"
 STEPS_PER_SNAPSHOT = 50
 
 
@@ -75,7 +80,7 @@ def model_config(kind: Kind) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": True,
-        "bos_token_id": train_demo.BOS,
+        "bos_token_id": BOS,
         "eos_token_id": [EOS, TURN_END],
         "pad_token_id": PAD,
     }
@@ -101,16 +106,12 @@ def build_model(seed: int) -> Any:
 
 
 def rows_of(seed: int, step: int, tokenizer: Any, scale: float) -> Batch:
-    """A step's batch, `scale` times `train_demo.ROWS_PER_STEP`."""
-    puzzles = [
-        puzzle
-        for kind, count in train_demo.ROWS_PER_STEP.items()
-        for puzzle in generate(kind, max(1, round(count * scale)), seed=seed * 10_000_019 + step)
-    ]
-    prompts, lengths, clean = train_demo.tensors(puzzles, tokenizer)
+    """A step's batch, `scale` times `puzzle_text.ROWS_PER_STEP`."""
+    puzzles = puzzles_of_step(seed, step, scale)
+    prompts, lengths, clean = tensors(puzzles, tokenizer)
     tokens = torch.full((len(puzzles), LENGTH), PAD)
     tokens[:, :PROMPT_LENGTH] = prompts
-    behind = lengths[:, None] + torch.arange(CANVAS)[None]
+    behind = lengths[:, None] + torch.arange(CANVAS_LENGTH)[None]
     tokens.scatter_(1, behind, clean)
     ends = lengths + (clean != PAD).sum(1)
     return tokens, lengths, ends
@@ -121,10 +122,11 @@ def by_length(batch: Batch) -> Iterator[Batch]:
     blocks = -(-batch[2] // BLOCK)
     for count in blocks.unique().tolist():
         rows = blocks == count
-        yield tuple(part[rows] for part in batch)
+        tokens, lengths, ends = (part[rows] for part in batch)
+        yield tokens, lengths, ends
 
 
-def autoregressive_loss(model: Any, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+def autoregressive_loss(model: Any, weights: Weights, batch: Batch) -> Tensor:
     """Mean cross-entropy of the answer's tokens, its end token included."""
     losses = []
     for tokens, lengths, ends in by_length(batch):
@@ -165,9 +167,7 @@ def two_copies(tokens: Tensor, noisy: Tensor, first: int) -> dict[str, Any]:
     }
 
 
-def masked_loss(
-    model: Any, weights: dict[str, Tensor], batch: Batch, generator: torch.Generator
-) -> Tensor:
+def masked_loss(model: Any, weights: Weights, batch: Batch, generator: torch.Generator) -> Tensor:
     """Mean cross-entropy of the masked positions behind the prompt, up to the last block's end."""
     losses = []
     for tokens, lengths, ends in by_length(batch):
@@ -176,7 +176,7 @@ def masked_loss(
         answer = tokens[:, first * BLOCK :]
         of_blocks = (len(tokens), answer.shape[1] // BLOCK)
         level = torch.rand(of_blocks, generator=generator)
-        pure = torch.rand(of_blocks, generator=generator) < train_demo.PURE_NOISE_SHARE
+        pure = torch.rand(of_blocks, generator=generator) < PURE_NOISE_SHARE
         level = torch.where(pure, 1.0, level).repeat_interleave(BLOCK, 1)
         drawn = torch.rand(answer.shape, generator=generator) < level
         masked = drawn & (torch.arange(first * BLOCK, tokens.shape[1])[None] >= lengths[:, None])
@@ -191,153 +191,95 @@ def train(
     kind: Kind,
     recipe: Recipe,
     work: Path,
-    show: Callable[[int, str], None],
-    log: Callable[[str], None],
-    scale: float,
-    resume: bool,
+    reporter: Reporter,
+    *,
+    scale: float = 1.0,
+    resume: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train one of the two; goes on from WORK's state with `resume`."""
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / STATE_FILE
-    model, tokenizer = build_model(recipe.seed), train_demo.build_tokenizer()
+    """Train one of the two, or go on from the state in `work`; the model and the run's figures."""
+    model, tokenizer = build_model(recipe.seed), build_tokenizer()
     weights = dict(model.named_parameters())
-    optimizer = Optimizer(weights, recipe, dtype=torch.float32)
-    start, seconds, loss_mean, tokens_seen = 0, 0.0, None, 0
-    if resume and path.exists():
-        state = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for name, value in state["weights"].items():
-                weights[name].copy_(value)
-        optimizer.momentum, optimizer.square = state["momentum"], state["square"]
-        start, seconds = state["step"], state["seconds"]
-        loss_mean, tokens_seen = state["loss"], state["tokens"]
-    began = time.monotonic()
-    for step in range(start, recipe.steps):
+
+    def loss_of_step(seen: Weights, step: int) -> tuple[Tensor, int]:
         batch = rows_of(recipe.seed, step, tokenizer, scale)
-        seen: dict[str, Tensor] = dict(weights)
-        if step >= recipe.int4_from * recipe.steps and step % 2 == 1:
-            seen = {n: fake_int(v, 4, 32) if is_matrix(n, v) else v for n, v in weights.items()}
         if kind == "autoregressive":
             loss = autoregressive_loss(model, seen, batch)
         else:
-            generator = torch.Generator().manual_seed(recipe.seed * 10_000_019 + step)
+            generator = torch.Generator().manual_seed(step_seed(recipe.seed, step))
             loss = masked_loss(model, seen, batch, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
-        optimizer.update(weights, step, rate_factor(step, recipe))
-        model.zero_grad(set_to_none=True)
-        tokens_seen += int(batch[2].sum())
-        loss_mean = loss.item() if loss_mean is None else 0.98 * loss_mean + 0.02 * loss.item()
-        show(step + 1, f"{kind} loss {loss_mean:.4f}")
-        if (step + 1) % STEPS_PER_SNAPSHOT == 0 or step + 1 == recipe.steps:
-            state = {
-                "weights": {name: value.detach() for name, value in weights.items()},
-                "momentum": optimizer.momentum,
-                "square": optimizer.square,
-                "step": step + 1,
-                "seconds": seconds + time.monotonic() - began,
-                "loss": loss_mean,
-                "tokens": tokens_seen,
-            }
-            save_state(path, state)
-            log(f"{kind} step {step + 1} loss {loss_mean:.4f} {state['seconds']:.0f} s")
-    figures = {
-        "kind": kind,
-        "steps": recipe.steps,
-        "parameters": sum(value.numel() for value in weights.values()),
-        "training_tokens": tokens_seen,
-        "loss": loss_mean,
-        "seconds": round(seconds + time.monotonic() - began),
-    }
-    return model, figures
+        return loss, int(batch[2].sum())
+
+    figures = train_steps(
+        weights,
+        recipe,
+        work,
+        loss_of_step,
+        lambda exact: {n: fake_int(v, 4, 32) if is_matrix(n, v) else v for n, v in exact.items()},
+        reporter,
+        resume=resume,
+        steps_per_snapshot=STEPS_PER_SNAPSHOT,
+        dtype=torch.float32,
+    )
+    parameters = sum(value.numel() for value in weights.values())
+    return model, {"kind": kind, "parameters": parameters} | figures
 
 
 def save_model(folder: Path, kind: Kind, model: Any) -> None:
-    """Write a Hugging Face folder, weights in bf16; it appears whole or not at all."""
+    """Write a Hugging Face folder, weights in bf16."""
     from safetensors.torch import save_file
 
-    building = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    train_demo.write_companions(building)
-    generation = {
-        "bos_token_id": train_demo.BOS,
-        "eos_token_id": [EOS, TURN_END],
-        "pad_token_id": PAD,
-        "max_new_tokens": CANVAS,
-    }
-    (building / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    config = model_config(kind) | {"torch_dtype": "bfloat16"}
-    (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {
         name: value.detach().to(torch.bfloat16).contiguous()
         for name, value in model.named_parameters()
     }
-    save_file(weights, building / "model.safetensors", metadata={"format": "pt"})
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(building.iterdir()):
-        file.chmod(0o644)
-        os.replace(file, folder / file.name)
-    building.rmdir()
+    with written_beside(folder) as building:
+        write_companions(building)
+        write_json(building / "config.json", model_config(kind) | {"torch_dtype": "bfloat16"})
+        save_file(weights, building / "model.safetensors", metadata={"format": "pt"})
 
 
 def evaluate(folder: Path, count: int) -> dict[str, str]:
     """Exact match on held-out puzzles by this project's own loop, run eagerly."""
-    from export.host.eager import eager_engine
     from export.host.evaluation import evaluate as measure
-    from export.host.tokenizer import tokenizer_files
-    from export.models import stage_model
-    from quantize.checkpoint import open_checkpoint
 
-    staged = stage_model(open_checkpoint(folder), maximum_context=LENGTH + BLOCK)
-    files = tokenizer_files(folder)
-    assert files is not None  # every twin has one
-    tokenizer = files.open(staged.info.vocabulary_size, staged.special_tokens)
+    _, engine, tokenizer = open_eager(folder, LENGTH + BLOCK)
     puzzles = [puzzle for kind in KINDS for puzzle in generate(kind, count, 7, "held_out")]
-    tallies = measure(eager_engine(staged), tokenizer, puzzles)
+    tallies = measure(engine, tokenizer, puzzles)
     return {tally.kind: f"{tally.correct}/{tally.count}" for tally in tallies}
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.training.train_twins",
-        description="Train the autoregressive and the masked-diffusion demo model from one seed.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for both models")
-    parser.add_argument("--kind", choices=KINDS_OF_MODEL, help="only one of them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--rows", type=float, default=1.0, help="times 256 rows a step")
-    parser.add_argument("--threads", type=int, help="on a busy machine 1 is the fastest")
-    parser.add_argument("--resume", action="store_true", help="go on where a run stopped")
-    parser.add_argument("--final-count", type=int, default=100, metavar="PUZZLES")
-    arguments = parser.parse_args()
-    if arguments.steps < 1:
-        parser.error(f"--steps must be at least 1, not {arguments.steps}.")
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    warmup = max(1, arguments.steps // 20)
-    recipe = Recipe(seed=arguments.seed, steps=arguments.steps, warmup_steps=warmup)
-    for kind in (arguments.kind,) if arguments.kind else KINDS_OF_MODEL:
-        folder = arguments.out / kind
-        work = arguments.out / f"{kind}.training"
-        if (work / STATE_FILE).exists() and not arguments.resume:
-            parser.error(f"{work} holds an earlier run; add --resume, or name another --out.")
-        with Progress() as progress:
-            task = progress.add_task(kind, total=recipe.steps)
+def train_twins(
+    destination: Destination,
+    kind: Annotated[Kind | None, typer.Option(help="Only this one (default: both).")] = None,
+    seed: Seed = 0,
+    steps: Steps = 3000,
+    rows: Annotated[float, typer.Option(help="Times 256 rows a step.")] = 1.0,
+    threads: Threads = None,
+    resume: Resume = False,
+    puzzles: FinalPuzzles = 100,
+) -> None:
+    """Train the autoregressive and the masked-diffusion demo model from one seed.
 
-            def show(step: int, text: str, progress: Any = progress, task: Any = task) -> None:
-                progress.update(task, completed=step, description=text)
-
-            def log(line: str, progress: Any = progress) -> None:
-                progress.console.print(line, highlight=False, soft_wrap=True)
-
-            model, figures = train(kind, recipe, work, show, log, arguments.rows, arguments.resume)
-        save_model(folder, kind, model)
-        figures["exact"] = evaluate(folder, arguments.final_count)
-        (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    On a busy machine one thread is the fastest.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipe = Recipe(seed=seed, steps=steps, warmup_steps=max(1, steps // 20))
+    for each in (kind,) if kind else KINDS_OF_MODEL:
+        work = destination / f"{each}.training"
+        check_work(work, resume)
+        with reporting(each) as reporter:
+            model, figures = train(each, recipe, work, reporter, scale=rows, resume=resume)
+        save_model(destination / each, each, model)
+        figures["exact"] = evaluate(destination / each, puzzles)
+        write_json(work / FIGURES_FILE, figures)
         print(json.dumps(figures))
 
 
+def main() -> int:
+    """The entry point; returns the exit code."""
+    return run_command(lambda: typer.run(train_twins), "train_twins")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

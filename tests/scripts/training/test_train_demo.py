@@ -10,29 +10,31 @@ pytest.importorskip("transformers")
 
 from export.host.puzzles import KINDS, generate
 from quantize.errors import UserError
-from scripts.training import train_demo
+from scripts.training import demo_network, loop, puzzle_text, rounding, train_demo
+from scripts.training.optimizer import Recipe
+from tests.support.stopping_reporter import StoppingReporter
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_demo.build_tokenizer()
+    return puzzle_text.build_tokenizer()
 
 
 def test_the_forward_pass_equals_transformers_on_every_puzzle_kind():
     # fp32 sums in another order (dense experts, fused projections): a few 1e-6 on logits of 30.
-    assert train_demo.check_against_transformers(train_demo.initial_weights(3)) < 1e-4
+    assert demo_network.check_against_transformers(demo_network.initial_weights(3)) < 1e-4
 
 
 def test_prompts_are_rendered_exactly_as_the_chat_template_does(tmp_path):
     from transformers import AutoTokenizer
 
-    train_demo.write_companions(tmp_path)
+    puzzle_text.write_companions(tmp_path)
     shipped = AutoTokenizer.from_pretrained(tmp_path)
     for kind in KINDS:
         prompt = generate(kind, 1, seed=1)[0].prompt
         messages = [{"role": "user", "content": prompt}]
         text = shipped.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert text == train_demo.render(prompt)
+        assert text == puzzle_text.render(prompt)
 
 
 def test_known_words_are_one_token_and_unknown_characters_do_not_vanish(tokenizer):
@@ -44,15 +46,15 @@ def test_known_words_are_one_token_and_unknown_characters_do_not_vanish(tokenize
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_answer_fits_the_canvas_and_survives_decoding(kind, tokenizer):
     puzzles = generate(kind, 50, seed=2)
-    prompts, lengths, clean = train_demo.tensors(puzzles, tokenizer)
-    assert lengths.max() <= train_demo.PROMPT_LENGTH == prompts.shape[1]
+    prompts, lengths, clean = puzzle_text.tensors(puzzles, tokenizer)
+    assert lengths.max() <= puzzle_text.PROMPT_LENGTH == prompts.shape[1]
     assert tokenizer.decode_batch(clean.tolist()) == [puzzle.answer for puzzle in puzzles]
-    assert (clean == train_demo.TURN_END).sum(1).eq(1).all()
+    assert (clean == puzzle_text.TURN_END).sum(1).eq(1).all()
 
 
 def test_all_prompts_of_a_kind_have_one_length(tokenizer):
     for kind in KINDS:
-        _, lengths, _ = train_demo.tensors(generate(kind, 50, seed=3), tokenizer)
+        _, lengths, _ = puzzle_text.tensors(generate(kind, 50, seed=3), tokenizer)
         assert lengths.unique().numel() == 1
 
 
@@ -85,7 +87,7 @@ def test_fake_int4_is_torchaos_symmetric_grouped_rounding():
             weight_dtype=torch.int4, granularity=PerGroup(32), scale_dtype=torch.bfloat16
         ),
     )
-    ours = train_demo.fake_int(weight, 4, 32)
+    ours = rounding.fake_int(weight, 4, 32)
     step = weight.unflatten(-1, (-1, 32)).abs().amax() / 7.5
     # The scale is rounded to bf16 before or after dividing by it, so a few values near a tie round
     # the other way. An unrelated rounding would be 0.25 steps off on average.
@@ -94,30 +96,19 @@ def test_fake_int4_is_torchaos_symmetric_grouped_rounding():
 
 def test_fake_quantization_lets_gradients_through_unchanged():
     weight = torch.randn(4, 64, requires_grad=True)
-    train_demo.fake_int(weight, 4, 32).sum().backward()
+    rounding.fake_int(weight, 4, 32).sum().backward()
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_demo, "ROWS_PER_STEP", {"sudoku": 4, "add": 4, "sort": 4})
+    monkeypatch.setattr(puzzle_text, "ROWS_PER_STEP", {"sudoku": 4, "add": 4, "sort": 4})
     monkeypatch.setattr(train_demo, "STEPS_PER_SNAPSHOT", 2)
 
     def run(folder, stop_after, resume):
-        def show(step, text):
-            if step == stop_after:
-                raise KeyboardInterrupt
-
-        return train_demo.train(
-            train_demo.Recipe(steps=6, warmup_steps=2),
-            folder,
-            resume,
-            log=lambda line: None,
-            show=show,
-            evaluate_every=0,
-            evaluate_count=0,
-            compiled=False,
-        )
+        recipe = Recipe(steps=6, warmup_steps=2)
+        reporter = StoppingReporter(stop_after, KeyboardInterrupt)
+        return train_demo.train(recipe, folder, reporter, resume=resume, compiled=False)
 
     whole, figures = run(tmp_path / "whole", None, False)
     with pytest.raises(KeyboardInterrupt):
@@ -128,20 +119,16 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
 
 
 def test_a_run_is_not_resumed_with_another_seed(tmp_path):
-    torch.save({"recipe": {"seed": 1}}, tmp_path / train_demo.STATE_FILE)
+    torch.save({"recipe": {"seed": 1}}, tmp_path / loop.STATE_FILE)
     with pytest.raises(UserError, match="seed 1, not 2"):
-        train_demo.train(
-            train_demo.Recipe(seed=2), tmp_path, True, print, lambda *_: None, 0, 0, compiled=False
-        )
+        train_demo.train(Recipe(seed=2), tmp_path, StoppingReporter(), resume=True, compiled=False)
 
 
 def test_an_earlier_run_is_not_overwritten_without_being_asked(tmp_path, monkeypatch, capsys):
     (tmp_path / "m.training").mkdir()
-    (tmp_path / "m.training" / train_demo.STATE_FILE).touch()
-    monkeypatch.setattr("sys.argv", ["train_demo", "--out", str(tmp_path / "m")])
-    with pytest.raises(SystemExit) as stopped:
-        train_demo.main()
-    assert stopped.value.code == 2
+    (tmp_path / "m.training" / loop.STATE_FILE).touch()
+    monkeypatch.setattr("sys.argv", ["train_demo", str(tmp_path / "m")])
+    assert train_demo.main() == 2
     assert "--resume" in capsys.readouterr().err
 
 
@@ -158,7 +145,7 @@ def test_int8_activations_are_torchaos_per_token_rounding():
     levels = quantize_affine(x, (1, 64), scale, zero, torch.int8)
     theirs = dequantize_affine(levels, (1, 64), scale, zero, torch.int8)
     # The same rule and the same fp32 arithmetic; only the order of two roundings differs.
-    assert (train_demo.fake_int8_per_token(x) - theirs).abs().max() < 0.51 * scale.max()
+    assert (rounding.fake_int8_per_token(x) - theirs).abs().max() < 0.51 * scale.max()
 
 
 def test_the_shipped_checkpoint_solves_held_out_puzzles():
@@ -167,8 +154,8 @@ def test_the_shipped_checkpoint_solves_held_out_puzzles():
 
     folder = Path(train_demo.__file__).parents[1] / "demo_model"
     stored = load_file(folder / "model.safetensors")
-    names = train_demo.initial_weights(0)
-    weights = {name: stored[train_demo.hf_name(name)].float() for name in names}
+    names = demo_network.initial_weights(0)
+    weights = {name: stored[demo_network.hf_name(name)].float() for name in names}
     for int4 in (False, True):
         results = train_demo.evaluate(weights, 40, int4=int4)
         assert all(result["exact"] >= 38 for result in results.values()), (int4, results)
@@ -177,14 +164,14 @@ def test_the_shipped_checkpoint_solves_held_out_puzzles():
 def test_the_written_folder_loads_in_transformers_with_the_trained_weights(tmp_path):
     from transformers import DiffusionGemmaForBlockDiffusion
 
-    weights = train_demo.initial_weights(1)
+    weights = demo_network.initial_weights(1)
     weights["encoder.layers.0.layer_scalar"] = torch.tensor([0.75])
     train_demo.save_model(tmp_path / "model", weights)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path / "model", dtype=torch.float32)
     state = model.state_dict()
     for name, value in weights.items():
-        assert torch.equal(state[train_demo.hf_name(name)], value.bfloat16().float()), name
-    assert model.generation_config.eos_token_id == [train_demo.EOS, train_demo.TURN_END]
+        assert torch.equal(state[demo_network.hf_name(name)], value.bfloat16().float()), name
+    assert model.generation_config.eos_token_id == [puzzle_text.EOS, puzzle_text.TURN_END]
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["text_config"]["num_experts"] == 8
     assert not (tmp_path / "model.partial").exists()

@@ -12,14 +12,12 @@ from export.host.eager import eager_engine
 from export.models import stage_model
 from quantize.checkpoint import open_checkpoint
 from scripts.training import train_twins
-from scripts.training.train_demo import Recipe, build_tokenizer
+from scripts.training.optimizer import Recipe
+from scripts.training.puzzle_text import PAD, TURN_END, build_tokenizer
 from scripts.training.train_twins import BLOCK, LENGTH, MASK, Kind
+from tests.support.stopping_reporter import StoppingReporter
 
 ROWS = 0.02
-
-
-def quiet(*what: object) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +32,19 @@ def model():
 @pytest.mark.parametrize("kind", train_twins.KINDS_OF_MODEL)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind: Kind, tmp_path: Path) -> None:
     recipe = Recipe(steps=3, int4_from=0.5)
-    whole, figures = train_twins.train(kind, recipe, tmp_path / "whole", quiet, quiet, ROWS, False)
-
-    class Stop(Exception):
-        pass
-
-    def stop(step: int, text: str) -> None:
-        if step == 2:
-            raise Stop
+    whole, figures = train_twins.train(
+        kind, recipe, tmp_path / "whole", StoppingReporter(), scale=ROWS
+    )
 
     patch = pytest.MonkeyPatch()
     patch.setattr(train_twins, "STEPS_PER_SNAPSHOT", 1)
-    with pytest.raises(Stop):
-        train_twins.train(kind, recipe, tmp_path / "cut", stop, quiet, ROWS, False)
+    with pytest.raises(KeyboardInterrupt):
+        stopping = StoppingReporter(2, KeyboardInterrupt)
+        train_twins.train(kind, recipe, tmp_path / "cut", stopping, scale=ROWS)
     patch.undo()
-    resumed, again = train_twins.train(kind, recipe, tmp_path / "cut", quiet, quiet, ROWS, True)
+    resumed, again = train_twins.train(
+        kind, recipe, tmp_path / "cut", StoppingReporter(), scale=ROWS, resume=True
+    )
     assert again["training_tokens"] == figures["training_tokens"] > 0
     for (name, one), (_, other) in zip(
         whole.named_parameters(), resumed.named_parameters(), strict=True
@@ -106,8 +102,8 @@ def test_the_training_pass_of_a_noisy_block_is_a_denoising_step_over_its_cache(
 def test_only_the_answer_counts() -> None:
     tokens, lengths, ends = train_twins.rows_of(1, 5, build_tokenizer(), 0.05)
     for row, length, end in zip(tokens.tolist(), lengths.tolist(), ends.tolist(), strict=True):
-        assert row[end - 1] == train_twins.TURN_END and set(row[end:]) <= {train_twins.PAD}
-        assert train_twins.TURN_END not in row[length : end - 1]
+        assert row[end - 1] == TURN_END and set(row[end:]) <= {PAD}
+        assert TURN_END not in row[length : end - 1]
 
 
 SHIPPED = Path(train_twins.__file__).parents[1] / "twin_models"
