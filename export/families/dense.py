@@ -8,25 +8,12 @@ from typing import Any
 
 from export.contract.styles import STYLES
 from export.families.dense_formats import APPROXIMATE_CACHE, EXACT_CACHE, FORMATS, Masked
-from export.families.description import (
-    Description,
-    Sizes,
-    autoregressive_sampler,
-    context_of,
-    sampler_of,
-    truncates,
-)
+from export.families.description import Description, Sizes, context_of
 from export.families.fields import Section, check_heads, divided, model_type_of
-from export.families.shapes import (
-    Attention,
-    Elementwise,
-    ModelShape,
-    Weight,
-    gated_mlp,
-    linear,
-    norms,
-)
+from export.families.samplers import autoregressive_sampler, sampler_of, truncates
+from export.families.shapes import Attention, Elementwise, ModelShape
 from export.families.tokens import ModelFiles
+from export.families.weights import Weight, gated_mlp, linear, norms
 from quantize.errors import CheckpointError
 
 DEFAULT_CONTEXT = 2048

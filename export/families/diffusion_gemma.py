@@ -8,7 +8,7 @@ from typing import Any
 
 from export.contract.manifest import Sampler
 from export.contract.styles import STYLES
-from export.families.description import Description, Sizes, context_of, sampler_of
+from export.families.description import Description, Sizes, context_of
 from export.families.fields import Section, model_type_of
 from export.families.gemma import (
     SLIDING,
@@ -18,16 +18,10 @@ from export.families.gemma import (
     layer_kinds,
     rotary_of,
 )
-from export.families.shapes import (
-    Attention,
-    Elementwise,
-    ModelShape,
-    Weight,
-    gated_mlp,
-    linear,
-    norms,
-)
+from export.families.samplers import sampler_of
+from export.families.shapes import Attention, Elementwise, ModelShape
 from export.families.tokens import ModelFiles
+from export.families.weights import Weight, gated_mlp, linear, norms
 from quantize.errors import CheckpointError
 
 DECODER, ENCODER = "model.decoder.", "model.encoder.language_model."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from export.families.fields import Section, check_heads
-from export.families.shapes import Weight, linear, norms
+from export.families.weights import Weight, linear, norms
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.contract.styles import STYLES
-from export.families.description import (
-    Description,
-    Sizes,
-    autoregressive_sampler,
-    context_of,
-    truncates,
-)
+from export.families.description import Description, Sizes, context_of
 from export.families.fields import Section, model_type_of
 from export.families.gemma import (
     FULL,
@@ -24,17 +18,10 @@ from export.families.gemma import (
     layer_kinds,
     rotary_of,
 )
-from export.families.shapes import (
-    Attention,
-    Elementwise,
-    ModelShape,
-    Part,
-    Weight,
-    gated_mlp,
-    linear,
-    norms,
-)
+from export.families.samplers import autoregressive_sampler, truncates
+from export.families.shapes import Attention, Elementwise, ModelShape
 from export.families.tokens import ModelFiles
+from export.families.weights import Part, Weight, gated_mlp, linear, norms
 from quantize.errors import CheckpointError
 
 # How the checkpoint of each model_type calls its text model.

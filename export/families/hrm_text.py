@@ -8,16 +8,12 @@ from typing import Any, Literal
 
 from export.contract.manifest import Call
 from export.contract.styles import STYLES
-from export.families.description import (
-    Description,
-    Sizes,
-    autoregressive_sampler,
-    context_of,
-    truncates,
-)
+from export.families.description import Description, Sizes, context_of
 from export.families.fields import Section, model_type_of
-from export.families.shapes import Attention, Elementwise, ModelShape, Weight, linear
+from export.families.samplers import autoregressive_sampler, truncates
+from export.families.shapes import Attention, Elementwise, ModelShape
 from export.families.tokens import ModelFiles
+from export.families.weights import Weight, linear
 from quantize.errors import CheckpointError
 
 EMBEDDING, HEAD, LOW_START = "model.embed_tokens.weight", "lm_head.weight", "model.z_L_init"

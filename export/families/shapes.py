@@ -6,84 +6,11 @@ How a config.json becomes one is the business of `export.families`; bytes of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Literal
 
 from export.contract.styles import STYLES, Style
-
-Part = Literal[
-    "embedding", "per-layer embedding", "attention", "mlp", "experts", "router", "head", "other"
-]
-PARTS: tuple[Part, ...] = (
-    "embedding", "per-layer embedding", "attention", "mlp", "experts", "router", "head", "other",
-)  # fmt: skip
-
-Use = Literal["lookup", "product", "experts", "elementwise"]
-"""lookup: rows are read by token. product: multiplies every row. experts: `[E, N, K]`, of which a
-row is multiplied by some. elementwise: norms, scales, biases."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of a checkpoint.
-
-    name: as the checkpoint has it. shape: `[..., out, in]`. kind: the type of layer that it is of,
-    such as `sliding_attention`; empty for what is not of a layer. runs: how often it is multiplied
-    in one pass. active: of experts, how many a row goes through.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    part: Part
-    use: Use
-    kind: str = ""
-    runs: int = 1
-    active: int = 0
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in it."""
-        return prod(self.shape)
-
-    @property
-    def active_parameters(self) -> int:
-        """Numbers that one token is multiplied by: of experts, those of the chosen ones."""
-        if self.use != "experts":
-            return self.parameters
-        return self.parameters // self.shape[0] * self.active
-
-
-def linear(
-    name: str,
-    shape: tuple[int, int],
-    part: Part,
-    kind: str = "",
-    *,
-    bias: bool = False,
-    runs: int = 1,
-) -> list[Weight]:
-    """The weight `[out, in]` of a linear layer, and its bias if it has one."""
-    found = [Weight(f"{name}.weight", shape, part, "product", kind, runs)]
-    if bias:
-        found.append(Weight(f"{name}.bias", shape[:1], part, "elementwise", kind))
-    return found
-
-
-def norms(
-    prefix: str, names: Sequence[str], size: int, kind: str = "", part: Part = "other"
-) -> list[Weight]:
-    """The weights `[size]` of norms."""
-    return [Weight(f"{prefix}{name}.weight", (size,), part, "elementwise", kind) for name in names]
-
-
-def gated_mlp(prefix: str, hidden: int, inner: int, kind: str) -> list[Weight]:
-    """The three products of a gated feed-forward block."""
-    found: list[Weight] = []
-    for name in ("gate_proj", "up_proj"):
-        found += linear(f"{prefix}{name}", (inner, hidden), "mlp", kind)
-    return found + linear(f"{prefix}down_proj", (hidden, inner), "mlp", kind)
+from export.families.expert_choice import ExpertChoice, choose_expert_computation
+from export.families.weights import PARTS, Part, Weight
 
 
 @dataclass(frozen=True)
@@ -208,6 +135,16 @@ class ModelShape:
             block_length=1,
             soft_embedding=False,
             truncation=False,
+        )
+
+    def expert_choice(self) -> ExpertChoice:
+        """How `export` computes the experts of a canvas, by estimate."""
+        return choose_expert_computation(
+            tokens=self.canvas_length,
+            hidden_size=self.hidden_size,
+            expert_size=self.expert_size,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
         )
 
     def kv_bytes(self, positions: int) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from export.contract.manifest import ModelInfo, Sampler
 from export.families import FAMILIES, describe
-from export.families.description import TRUNCATION
+from export.families.samplers import TRUNCATION
 from export.families.tokens import mask_token_of, special_tokens_of
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError

@@ -8,7 +8,8 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor
 
 from export.contract.manifest import Experts, Sampler
-from export.families.description import TRUNCATION, Description, Sizes
+from export.families.description import Description, Sizes
+from export.families.samplers import TRUNCATION
 from export.models.head_stages import autoregressive_head_stage, masked_head_stage
 from export.models.staging import StageModule
 from quantize.checkpoint import Checkpoint

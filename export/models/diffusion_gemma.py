@@ -12,20 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from export.families.diffusion_gemma import (
-    DECODER,
-    ENCODER,
-    DiffusionGemmaConfig,
-    LayerConfig,
-)
+from export.families.diffusion_gemma import DECODER, ENCODER, DiffusionGemmaConfig, LayerConfig
 from export.families.expert_choice import ExpertComputation
 from export.models.blocks import MASKED, GatedMLP, RMSNorm, Rotary, gelu_tanh, rotary_frequencies
-from export.models.experts import (
-    DenseExperts,
-    Expert,
-    GatheredExperts,
-    stack_experts,
-)
+from export.models.experts import DenseExperts, Expert, GatheredExperts, stack_experts
 from export.models.weights import (
     Weights,
     check_shape,
@@ -254,11 +244,7 @@ class DiffusionGemmaLayers(CanvasEntry):
     """The stage from tokens to hidden states: embedding, self-conditioning, layers, final norm."""
 
     def __init__(
-        self,
-        config: DiffusionGemmaConfig,
-        *,
-        maximum_context: int,
-        computation: ExpertComputation,
+        self, config: DiffusionGemmaConfig, *, maximum_context: int, computation: ExpertComputation
     ) -> None:
         """Build without weights; `maximum_context` counts committed tokens and one canvas."""
         super().__init__(config, maximum_context=maximum_context)

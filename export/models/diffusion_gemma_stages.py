@@ -9,7 +9,7 @@ from export.contract.manifest import Experts
 from export.contract.styles.base import LAYERS_OUTPUTS
 from export.contract.styles.uniform_diffusion import UniformDiffusion
 from export.families.diffusion_gemma import EMBEDDING, DiffusionGemmaConfig
-from export.families.expert_choice import ExpertComputation, choose_expert_computation
+from export.families.expert_choice import ExpertComputation
 from export.heads.uniform_diffusion import DiffusionHead
 from export.models.blocks import FinalNorm
 from export.models.building import BuildRequest, BuiltStages
@@ -32,13 +32,7 @@ def build_stages(request: BuildRequest[DiffusionGemmaConfig]) -> BuiltStages:
     """See `export.models`."""
     checkpoint, config, context = request.checkpoint, request.config, request.context
     canvas, hidden = config.canvas_length, config.hidden_size
-    choice = choose_expert_computation(
-        tokens=canvas,
-        hidden_size=hidden,
-        expert_size=config.expert_size,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-    )
+    choice = request.description.shape.expert_choice()
     computation = choice.computation if request.experts == "auto" else request.experts
     if request.layers_per_stage is None:
         module = build_layers(checkpoint, config, maximum_context=context, computation=computation)

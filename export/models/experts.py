@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from export.models.weights import integers_like
+
 
 @torch.library.custom_op(
     "pocket_diffusion::chosen_rows", mutates_args=(), schema="(Tensor weights) -> Tensor"
@@ -129,14 +131,9 @@ def stack_experts(weight: Tensor) -> Tensor:
     """
     if type(weight) is Tensor:
         return weight.flatten(0, 1)
-    parts = {name: getattr(weight, name).flatten(0, 1) for name in ("qdata", "scale", "zero_point")}
-    return type(weight)(
-        **parts,
-        target_dtype=weight.target_dtype,
-        block_size=tuple(weight.block_size[1:]),
-        dtype=weight.dtype,
-        activation_quantization=weight.activation_quantization,
-    )
+    parts = (weight.qdata, weight.scale, weight.zero_point)
+    qdata, scale, zero_point = (part.flatten(0, 1) for part in parts)
+    return integers_like(weight, qdata, scale, zero_point, weight.block_size[1:])
 
 
 class GatheredExperts(nn.Module):

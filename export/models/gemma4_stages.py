@@ -13,10 +13,7 @@ def build_stages(request: BuildRequest[Gemma4Config]) -> BuiltStages:
     """See `export.models`."""
     checkpoint, config = request.checkpoint, request.config
     layers = build_layers(
-        checkpoint,
-        config,
-        maximum_context=request.context,
-        prefill_length=request.prefill_length,
+        checkpoint, config, maximum_context=request.context, prefill_length=request.prefill_length
     )
     table_shape = (config.vocabulary_size, config.hidden_size)
     table = read_weight(checkpoint, config.head_table, table_shape)

@@ -15,7 +15,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from export.families.hrm_text import EMBEDDING, LOW_START, STACKS, HrmTextConfig
 from export.models.blocks import MASKED, RMSNorm, Rotary, rotary_frequencies, silu
-from export.models.weights import read_weight, set_parameter, unused_note
+from export.models.weights import integers_like, read_weight, set_parameter, unused_note
 from quantize.checkpoint import Checkpoint
 from quantize.errors import CheckpointError
 
@@ -270,12 +270,5 @@ def _stack_rows(parts: list[Tensor]) -> Tensor:
         )
     if not isinstance(first, IntxUnpackedToInt8Tensor):
         return torch.cat(parts)
-    return IntxUnpackedToInt8Tensor(
-        qdata=torch.cat([part.qdata for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        zero_point=torch.cat([part.zero_point for part in parts]),
-        target_dtype=first.target_dtype,
-        block_size=first.block_size,
-        dtype=first.dtype,
-        activation_quantization=first.activation_quantization,
-    )
+    tensors = zip(*((part.qdata, part.scale, part.zero_point) for part in parts), strict=True)
+    return integers_like(first, *map(torch.cat, tensors))

@@ -34,6 +34,25 @@ class Weights(Protocol):
         """See `Checkpoint.get_packed`."""
 
 
+def integers_like(
+    weight: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    block_size: Sequence[int] | None = None,
+) -> IntxUnpackedToInt8Tensor:
+    """A tensor of other integers, quantized as `weight` is; block_size: None for the same."""
+    return IntxUnpackedToInt8Tensor(
+        qdata=qdata,
+        scale=scale,
+        zero_point=zero_point,
+        target_dtype=weight.target_dtype,
+        block_size=tuple(block_size or weight.block_size),
+        dtype=weight.dtype,
+        activation_quantization=weight.activation_quantization,
+    )
+
+
 def read_weight(weights: Weights, name: str, shape: Sequence[int]) -> Tensor:
     """The tensor `name`; raises CheckpointError if it is missing or of another shape."""
     check_shape(weights, name, weights.shape(name), shape)
@@ -148,14 +167,9 @@ class RandomWeights(Weights):
             return torch.rand(weight.shape, generator=generator) + 0.5
         limit = 8 if weight.target_dtype == torch.int4 else 128
         scale = torch.rand(weight.scale.shape, generator=generator) * 0.01 + 0.001
-        return IntxUnpackedToInt8Tensor(
-            qdata=torch.randint(
-                -limit, limit, weight.qdata.shape, dtype=torch.int8, generator=generator
-            ),
-            scale=scale.to(weight.scale.dtype),
-            zero_point=weight.zero_point,
-            target_dtype=weight.target_dtype,
-            block_size=weight.block_size,
-            dtype=weight.dtype,
-            activation_quantization=weight.activation_quantization,
+        return integers_like(
+            weight,
+            torch.randint(-limit, limit, weight.qdata.shape, dtype=torch.int8, generator=generator),
+            scale.to(weight.scale.dtype),
+            weight.zero_point,
         )

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from export.families import describe
 from export.families.shapes import ModelShape, expected_distinct
-from export.plan.break_even import (
-    Acceptance,
-    BreakEven,
-    Claim,
-    break_even,
-    canvas_passes,
-    claim,
-)
+from export.plan.break_even import Acceptance, BreakEven, Claim, break_even, canvas_passes, claim
 from export.plan.budget import Budget, Line, budget_of_layout
 from export.plan.device import Device, names, on_npu, open_device
 from export.plan.layout import Layout, checkpoint_bytes, lay_out
@@ -34,11 +27,35 @@ class OnDevice:
 
     device: Device
     budget: Budget
-    ridge: float | None
-    step: Time | None
-    break_even: BreakEven | None
-    claim: Claim | None
-    tokens_per_s: float | None
+    ridge: float | None = None
+    step: Time | None = None
+    break_even: BreakEven | None = None
+    claim: Claim | None = None
+    tokens_per_s: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; bytes, ms, tokens/s."""
+        budget, flash = self.budget, self.device.value("flash_read_mb_s")
+        # What reading the streamed weights takes in each pass, at the flash's speed.
+        streaming_ms = None
+        if budget.streamed_bytes and flash is not None:
+            streaming_ms = budget.streamed_bytes / 1e3 / flash
+        document: dict[str, Any] = {
+            "device": self.device.name,
+            "price_class": self.device.price_class,
+            "needed_bytes": budget.total_bytes,
+            "streaming_ms": streaming_ms,
+            "ridge": self.ridge,
+            "step": None if self.step is None else self.step.to_json(),
+            "tokens_per_s": self.tokens_per_s,
+        }
+        for name in ("verdict", "reason", "anonymous_bytes", "file_bytes", "available_bytes",
+                     "streamed_bytes"):  # fmt: skip
+            document[name] = getattr(budget, name)
+        if self.break_even is not None and self.claim is not None:
+            document |= self.break_even.to_json()
+            document["example"] = {**asdict(self.claim), "holds": self.claim.holds}
+        return document
 
 
 @dataclass(frozen=True)
@@ -85,9 +102,7 @@ class Answer:
             },
             "checkpoint_bytes": self.checkpoint_bytes,
             "bundle_bytes": self.layout.file_bytes,
-            "memory": [
-                {"what": line.what, "kind": line.kind, "bytes": line.bytes} for line in self.lines
-            ],
+            "memory": [asdict(line) for line in self.lines],
             "passes": [
                 {
                     "name": item.name,
@@ -103,7 +118,7 @@ class Answer:
                 }
                 for item in self.passes
             ],
-            "devices": [_device_json(entry) for entry in self.on_devices],
+            "devices": [entry.to_json() for entry in self.on_devices],
         }
 
 
@@ -182,7 +197,7 @@ def _on_device(
     shape, recipe, context = layout.shape, layout.recipe, layout.context
     budget = budget_of_layout(layout, device, available_bytes)
     if device.value("memory_gb_s") is None or device.peak_gops("int8") is None:
-        return OnDevice(device, budget, None, None, None, None, None)
+        return OnDevice(device, budget)
     experts: Experts = chosen_experts(shape) if device.is_measured else "routed"
     step = time_of(step_pass(shape, recipe, context=context, experts=experts), device)
     found = made = None
@@ -193,68 +208,3 @@ def _on_device(
         own = next(point for point in found.points if point.length == shape.canvas_length)
         rate = own.tokens_per_s
     return OnDevice(device, budget, ridge(device), step, found, made, rate)
-
-
-def _device_json(entry: OnDevice) -> dict[str, Any]:
-    budget = entry.budget
-    document: dict[str, Any] = {
-        "device": entry.device.name,
-        "price_class": entry.device.price_class,
-        "verdict": budget.verdict,
-        "reason": budget.reason,
-        "needed_bytes": budget.total_bytes,
-        "anonymous_bytes": budget.anonymous_bytes,
-        "file_bytes": budget.file_bytes,
-        "available_bytes": budget.available_bytes,
-        "streamed_bytes": budget.streamed_bytes,
-        "streaming_ms": _streaming_ms(entry),
-        "ridge": entry.ridge,
-        "step": None if entry.step is None else _time_json(entry.step),
-        "tokens_per_s": entry.tokens_per_s,
-    }
-    if entry.break_even is not None and entry.claim is not None:
-        best = entry.break_even.best
-        document |= {
-            "token": _time_json(entry.break_even.token),
-            "twin_tokens_per_s": entry.break_even.twin_tokens_per_s,
-            "break_even": [
-                {
-                    "canvas_length": point.length,
-                    "step_ms": point.step.ms,
-                    "commit_ms": point.commit.ms,
-                    "ratio": point.ratio,
-                    "tokens_per_forward_needed": point.needed,
-                    "tokens_per_forward_accepted": point.accepted,
-                    "tokens_per_s": point.tokens_per_s,
-                }
-                for point in entry.break_even.points
-            ],
-            "best_canvas_length": None if best is None else best.length,
-            "example": {
-                "tokens": entry.claim.tokens,
-                "steps": entry.claim.steps,
-                "diffusion_ms": entry.claim.diffusion_ms,
-                "twin_ms": entry.claim.twin_ms,
-                "holds": entry.claim.holds,
-            },
-        }
-    return document
-
-
-def _streaming_ms(entry: OnDevice) -> float | None:
-    """What reading the streamed weights takes in each pass, at the flash's speed."""
-    flash = entry.device.value("flash_read_mb_s")
-    if not entry.budget.streamed_bytes or flash is None:
-        return None
-    return entry.budget.streamed_bytes / 1e3 / flash
-
-
-def _time_json(time: Time) -> dict[str, Any]:
-    return {
-        "best_ms": time.best_ms,
-        "expected_ms": time.expected_ms,
-        "memory_ms": time.memory_ms,
-        "arithmetic_ms": time.arithmetic_ms,
-        "bound": time.bound,
-        "share_of_roofline": time.share,
-    }

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
+from typing import Any
 
 from export.families.shapes import ModelShape
 from export.plan.device import Device
@@ -75,6 +76,18 @@ class Point:
     accepted: float | None = None
     tokens_per_s: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Its numbers."""
+        return {
+            "canvas_length": self.length,
+            "step_ms": self.step.ms,
+            "commit_ms": self.commit.ms,
+            "ratio": self.ratio,
+            "tokens_per_forward_needed": self.needed,
+            "tokens_per_forward_accepted": self.accepted,
+            "tokens_per_s": self.tokens_per_s,
+        }
+
 
 @dataclass(frozen=True)
 class BreakEven:
@@ -85,6 +98,15 @@ class BreakEven:
     token: Time
     points: tuple[Point, ...]
     is_expected: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The twin's token and every point; ms, tokens/s."""
+        return {
+            "token": self.token.to_json(),
+            "twin_tokens_per_s": self.twin_tokens_per_s,
+            "break_even": [point.to_json() for point in self.points],
+            "best_canvas_length": None if self.best is None else self.best.length,
+        }
 
     @property
     def twin_tokens_per_s(self) -> float:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
 
-from export.families.shapes import ModelShape, Part, Weight
+from export.families.shapes import ModelShape
+from export.families.weights import Part, Weight
 from quantize.recipe import Recipe, Scheme
 
 Where = Literal["packed", "mapped", "planned"]
@@ -57,8 +58,6 @@ class Layout:
     """All that a bundle's programs store, and what they allocate beside it.
 
     context: positions of the KV cache. rows: of the largest call that is meant to be made.
-    kv_planned_bytes: what the planner allocates for the caches. workspace_bytes: the backend's
-    memory for activations in the largest call.
     """
 
     shape: ModelShape
@@ -66,11 +65,6 @@ class Layout:
     context: int
     rows: int
     stored: tuple[Stored, ...]
-    kv_bytes: int
-    kv_planned_bytes: int
-    activation_bytes: int
-    head_bytes: int
-    workspace_bytes: int
 
     @property
     def file_bytes(self) -> int:
@@ -96,6 +90,47 @@ class Layout:
         for item in self.stored:
             found[item.part] = found.get(item.part, 0) + item.bytes
         return found
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the caches of keys and values."""
+        return self.shape.kv_bytes(self.context)
+
+    @property
+    def kv_planned_bytes(self) -> int:
+        """What the memory planner allocates for them."""
+        return KV_ALLOCATIONS * self.kv_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Tensors between the delegates of the layers, at the most rows of a call."""
+        shape = self.shape
+        rows = shape.prefill_length(self.context)
+        return int(4 * shape.style.live_rows * rows * shape.hidden_size)
+
+    @property
+    def head_bytes(self) -> int:
+        """Buffers of the head: hidden states, block sums and maxima, or the logits it holds."""
+        shape, style = self.shape, self.shape.style
+        hidden = shape.prefill_length(self.context) * shape.hidden_size
+        chosen = shape.canvas_length + style.head_rows_beyond_canvas
+        if shape.truncation or not style.walks_vocabulary:
+            return 4 * (hidden + style.held_logits * chosen * shape.vocabulary_size)
+        sums = ceil(ceil(shape.vocabulary_size / HEAD_COLUMNS) / 16)
+        tables = (2 * sums + 4) * chosen * HEAD_COLUMNS
+        reread = 2 * 16 * chosen * shape.hidden_size  # rows of the table, in one byte each
+        return 4 * (hidden + tables) + reread
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Activations inside of the delegates; XNNPACK has one workspace for all, as large as the
+        largest needs: scores and their softmax, the inner tensors of an MLP, a chunk of logits."""
+        shape, rows = self.shape, self.rows
+        scores = max(2 * a.num_heads * rows * self.context for a in shape.attentions)
+        mlps = (w for w in shape.weights if w.part == "mlp" and w.use == "product")
+        widest = max((prod(w.shape[:-1]) for w in mlps), default=0)
+        head = 4 * shape.canvas_length * HEAD_COLUMNS
+        return 4 * max(scores, 3 * rows * max(widest, shape.hidden_size), head)
 
     @property
     def planned_bytes(self) -> int:
@@ -190,11 +225,7 @@ def lookup_bytes(rows: int, width: int, scheme: Scheme | None) -> int:
 
 
 def lay_out(
-    shape: ModelShape,
-    recipe: Recipe | None,
-    *,
-    context: int,
-    rows: int | None = None,
+    shape: ModelShape, recipe: Recipe | None, *, context: int, rows: int | None = None
 ) -> Layout:
     """What a bundle of this model stores and allocates.
 
@@ -203,18 +234,8 @@ def lay_out(
     """
     largest = shape.prefill_length(context)
     rows = largest if rows is None else min(rows, largest)
-    return Layout(
-        shape=shape,
-        recipe=recipe,
-        context=context,
-        rows=rows,
-        stored=tuple(_layers(shape, recipe)) + tuple(_head(shape, recipe)),
-        kv_bytes=shape.kv_bytes(context),
-        kv_planned_bytes=KV_ALLOCATIONS * shape.kv_bytes(context),
-        activation_bytes=_activation_bytes(shape, largest),
-        head_bytes=_head_planned_bytes(shape, largest),
-        workspace_bytes=_workspace_bytes(shape, rows, context),
-    )
+    stored = (*_layers(shape, recipe), *_head(shape, recipe))
+    return Layout(shape, recipe, context, rows, stored)
 
 
 def _layers(shape: ModelShape, recipe: Recipe | None) -> Iterator[Stored]:
@@ -275,35 +296,3 @@ def _head(shape: ModelShape, recipe: Recipe | None) -> Iterator[Stored]:
             "head", "soft embedding", table.name, "head", "packed",
             chunks * size, chunks * file_size, arithmetic,
         )  # fmt: skip
-
-
-def _activation_bytes(shape: ModelShape, rows: int) -> int:
-    """Tensors between the delegates of the layers, at the most rows of a call."""
-    return int(4 * shape.style.live_rows * rows * shape.hidden_size)
-
-
-def _head_planned_bytes(shape: ModelShape, rows: int) -> int:
-    """Buffers of the head: hidden states, block sums and maxima, or the logits of its row."""
-    style = shape.style
-    chosen = shape.canvas_length + style.head_rows_beyond_canvas
-    if shape.truncation or not style.walks_vocabulary:
-        logits = style.held_logits * chosen * shape.vocabulary_size
-        return 4 * (rows * shape.hidden_size + logits)
-    chunks = ceil(shape.vocabulary_size / HEAD_COLUMNS)
-    sums = ceil(chunks / 16)
-    tables = (2 * sums + 4) * chosen * HEAD_COLUMNS
-    reread = 2 * 16 * chosen * shape.hidden_size  # rows of the table, in one byte each
-    return 4 * (rows * shape.hidden_size + tables) + reread
-
-
-def _workspace_bytes(shape: ModelShape, rows: int, context: int) -> int:
-    """Activations inside of the delegates; XNNPACK has one workspace for all, as large as the
-    largest needs: scores and their softmax, or the inner tensors of an MLP."""
-    scores = max(2 * a.num_heads * rows * context for a in shape.attentions)
-    inner = max(
-        (prod(w.shape[:-1]) for w in shape.weights if w.part == "mlp" and w.use == "product"),
-        default=0,
-    )
-    mlp = 3 * rows * max(inner, shape.hidden_size)
-    head = 4 * shape.canvas_length * HEAD_COLUMNS
-    return 4 * max(scores, mlp, head)

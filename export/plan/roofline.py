@@ -10,8 +10,8 @@ theirs, and what each call costs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from export.plan.device import Device
 from export.plan.work import Pass, Work
@@ -36,6 +36,10 @@ class Time:
     def ms(self) -> float:
         """What to count on: the expected where there is one, the best possible otherwise."""
         return self.best_ms if self.expected_ms is None else self.expected_ms
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, and the share of the roofline."""
+        return {**asdict(self), "share_of_roofline": self.share}
 
     @property
     def share(self) -> float | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
-from export.families.expert_choice import choose_expert_computation
-from export.families.shapes import ModelShape, Part, Weight, expected_distinct
+from export.families.shapes import ModelShape, expected_distinct
+from export.families.weights import Part, Weight
 from export.plan.layout import HEAD_COLUMNS, Arithmetic, Group, groups, packed_bytes, scheme_of
 from quantize.recipe import Recipe, Scheme
 
@@ -99,23 +99,13 @@ def layers_pass(
     """A pass of the layers alone: a chunk of a prompt, or the commit of a canvas."""
     rows = shape.canvas_length if shape.style.has_fixed_rows else rows
     return Pass(
-        name,
-        rows,
-        tuple(_merged(_layers(shape, recipe, rows, context, experts, denoise=False))),
+        name, rows, tuple(_merged(_layers(shape, recipe, rows, context, experts, denoise=False)))
     )
 
 
 def chosen_experts(shape: ModelShape) -> Experts:
     """How `export` would compute this model's experts by its own estimate."""
-    if not shape.num_experts:
-        return "routed"
-    return choose_expert_computation(
-        tokens=shape.canvas_length,
-        hidden_size=shape.hidden_size,
-        expert_size=shape.expert_size,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-    ).computation
+    return shape.expert_choice().computation if shape.num_experts else "routed"
 
 
 def _layers(
