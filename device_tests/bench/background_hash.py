@@ -4,7 +4,7 @@ Who writes it, and what follows from the hash, is not known here. A hash that co
 its end, for whatever reason, is none or a wrong one: only the right one says something.
 
 A process of its own on the device reads the file chunk by chunk: one when the next has begun, since
-whoever writes in order has then ended it, and the last when it is told that all is written.
+a writer in order has then finished it, and the last when `finish_command` says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass
 
 from device_tests.errors import ProtocolError
-from device_tests.remote.files import Run, patience_s
+from device_tests.remote.files import Run, transfer_timeout_s
 from device_tests.remote.shell import excerpt, quote
 
 _BLOCK_BYTES = 2**20
@@ -99,7 +99,7 @@ class BackgroundHash:
         return (
             f'h=; set -- {others}; if [ "$i" = {self.inode} ] && [ $# -eq 1 ] && [ -e {s} ]; then '
             f": >{s}.end; w=0; while kill -0 {self.process} && [ ! -s {s} ] && "
-            f"[ $w -lt {round(20 * patience_s(size_bytes))} ]; do "
+            f"[ $w -lt {round(20 * transfer_timeout_s(size_bytes))} ]; do "
             f"sleep 0.05 || sleep 1; w=$((w + 1)); done; read -r h <{s}; fi 2>/dev/null; "
             f"rm -f {s} {s}.end; "
         )

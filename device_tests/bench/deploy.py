@@ -229,7 +229,7 @@ class _Push:
             f"{{ rm -f {quote(beside)}; exit 1; }}"
         )
         try:
-            self._run(command, remote_files.patience_s(file.bytes))
+            self._run(command, remote_files.transfer_timeout_s(file.bytes))
         except CommandFailed:
             # Android forbids hard links to some users, some file systems have none.
             return False
@@ -270,13 +270,13 @@ class _Push:
             return False
         self.progress.whole("writing back")
         staged, final = quote(self._staged), quote(self._final)
-        # Hashes are of what the device has in memory: `sync` before the name that vouches for it.
+        # Hashes are of what the device has in memory: `sync` before the bundle has its name.
         # `mv` into a folder that has just appeared would nest, hence the last part.
         nested = quote(f"{self._final}/{PurePosixPath(self._staged).name}")
         self._run(
             f"sync; if [ -d {staged} ] && [ ! -e {final} ]; then "
             f"{{ mv {staged} {final} || [ -d {final} ]; }} && rm -rf {nested} && sync; fi",
-            remote_files.patience_s(self.progress.total_bytes),
+            remote_files.transfer_timeout_s(self.progress.total_bytes),
         )
         found = remote_files.sizes_bytes(self._run, [f"{self._final}/{MANIFEST_FILE}"])
         return found == [self.files[-1].bytes]

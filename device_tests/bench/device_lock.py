@@ -1,7 +1,7 @@
 """The lock of a device: a folder made by `mkdir`, so that one benchmark at a time measures.
 
 It names its owner, who sends heartbeats while it works. An owner that is dead, or has been
-silent for long and has no run on the device, loses the lock to whoever comes next.
+silent for long and has no run on the device, loses the lock to the next benchmark.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ done
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a host, told from all others; fields are empty where the system hides them."""
+    """What identifies a process of a host; fields are empty where the system hides them."""
 
     machine: str = ""
     pid: int = 0

@@ -82,10 +82,10 @@ def name_failure(
     """Why a run failed that ended by itself; `exit_code` None: it vanished without one."""
     evidence = {"exit_code": exit_code} | traces.evidence()
     last = excerpt(traces.log_tail.strip().rpartition("\n")[2]) or "its log is empty"
-    told = (result or {}).get("failure")
-    if told is not None:
-        reason = cast(Reason, told["reason"]) if told["reason"] in REASONS else "internal"
-        return Failure(reason, told["sentence"], evidence)
+    stated = (result or {}).get("failure")
+    if stated is not None:
+        reason = cast(Reason, stated["reason"]) if stated["reason"] in REASONS else "internal"
+        return Failure(reason, stated["sentence"], evidence)
     number = 9 if exit_code is None else exit_code - 128
     if number == 9 and (traces.oom_kills or traces.lmkd):
         by = "Android's low-memory killer" if traces.lmkd else "the kernel"

@@ -54,22 +54,22 @@ class Layout:
 
     @property
     def bundles(self) -> str:
-        """Whole bundles."""
+        """The folder of whole bundles."""
         return f"{self.root}/bundles"
 
     @property
     def staging(self) -> str:
-        """Files and bundles on their way."""
+        """The folder of files and bundles on their way."""
         return f"{self.root}/staging"
 
     @property
     def runs(self) -> str:
-        """Requests, events and results of runs."""
+        """The folder of requests, events and results of runs."""
         return f"{self.root}/runs"
 
     @property
     def packed(self) -> str:
-        """Packed weights of bundles."""
+        """The folder of packed weights of bundles."""
         return f"{self.root}/{PACKED_FOLDER}"
 
     def bundle(self, bundle_id: str) -> str:
@@ -110,7 +110,7 @@ class Cleaned:
 
 @dataclass(frozen=True)
 class RemoteManifest:
-    """What is believed of a `bundle.json` on a device; `genuine`: its hash is the folder's name."""
+    """What was read of a `bundle.json` on a device; `genuine`: its hash is the folder's name."""
 
     name: str
     files: dict[str, FileEntry]

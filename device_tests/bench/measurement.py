@@ -19,6 +19,7 @@ from typing import Any
 
 from device_tests.adb.transport import Transport
 from device_tests.bench import remote_run
+from device_tests.bench.context import BenchContext
 from device_tests.bench.deploy import Deployment
 from device_tests.bench.device_lock import DeviceLock
 from device_tests.bench.events import (
@@ -38,22 +39,21 @@ from device_tests.bench.resume import missing_runs
 from device_tests.bench.run_record import (
     make_record,
     missing_answers,
-    run_conditions,
     runner_versions,
     sample_json,
 )
 from device_tests.bench.runner import Runner
 from device_tests.bench.thermal_gate import ThermalGate
-from device_tests.bench.workload import Workloads, prepare, run_request
+from device_tests.bench.workload import prepare, run_request
 from device_tests.errors import CommandTimeout, DeviceBusy, DeviceGone, ProtocolError, StorageFull
-from device_tests.remote import conditions, sensors
+from device_tests.remote import sensors
+from device_tests.remote.conditions import read_device
 from device_tests.remote.retry import retry_while_gone
 from device_tests.remote.shell import run_checked
 from device_tests.results import records
 from device_tests.results.records import Reason, Record
 from export.contract.bundle import Bundle
 from export.contract.runner_protocol import RunnerProtocolError
-from export.host.puzzles import Puzzle
 from quantize.errors import DeviceError
 
 _ENDING: frozenset[Reason] = frozenset(
@@ -95,12 +95,12 @@ def bench(
     earlier = records.read(results)
     bench_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     with DeviceLock(transport, bench_id, gone_s=plan.gone_s) as lock:
-        device = retry_while_gone(transport, lambda: conditions.read_device(transport), plan.gone_s)
-        runs = missing_runs(plan, workloads, earlier if resume else (), device, deployment)
-        work = _Bench(
-            transport, bundle, deployment, runner, plan, results, lock, device, workloads,
-            puzzles, on_event or (lambda _: None), len(runs),
-        )  # fmt: skip
+        device = retry_while_gone(transport, lambda: read_device(transport), plan.gone_s)
+        context = BenchContext(
+            bench_id, transport, device, bundle, deployment, runner, plan, workloads, puzzles
+        )
+        runs = missing_runs(context, earlier if resume else ())
+        work = _Bench(context, lock, results, len(runs), on_event or (lambda _: None))
         skipped = len(list(plan.runs)) - len(runs)
         work.report(BenchStarted(bench_id, device, len(runs), skipped, lock.note))
         ended_early = work.make(runs)
@@ -111,21 +111,18 @@ def bench(
 class _Bench:
     """The runs of one benchmark on a device that is locked."""
 
-    transport: Transport
-    bundle: Bundle
-    deployment: Deployment
-    runner: Runner
-    plan: BenchPlan
-    results: Path
+    context: BenchContext
     lock: DeviceLock
-    device: conditions.Device
-    workloads: Workloads
-    puzzles: Sequence[Puzzle]
-    report: Callable[[BenchEvent], None]
+    results: Path
     runs: int
+    report: Callable[[BenchEvent], None]
     written: list[Record] = field(default_factory=list)
     _took_s: list[float] = field(default_factory=list)
     _runner_versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._plan = self.context.plan
+        self._transport = self.context.transport
 
     def make(self, runs: Sequence[PlannedRun]) -> str | None:
         """Make the runs one after the other; why it ended before the last, or None."""
@@ -151,8 +148,8 @@ class _Bench:
         """The record of one run, whatever becomes of it."""
         started_at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         threads = "auto" if run.threads is None else run.threads
-        run_id = f"{self.lock.bench_id}-{run.pass_}-t{threads}-{run.repeat}"
-        gate = ThermalGate(self.plan.max_temperature_c)
+        run_id = f"{self.context.bench_id}-{run.pass_}-t{threads}-{run.repeat}"
+        gate = ThermalGate(self._plan.max_temperature_c)
         samples: list[dict[str, Any]] = []
         outcome = RunOutcome(None, None, (), (), 0)
         try:
@@ -164,7 +161,7 @@ class _Bench:
                 outcome = self._run(run, run_id, gate, samples)
                 failure = outcome.failure
                 if failure is None and run.pass_ == "puzzles":
-                    failure = missing_answers(outcome, self.puzzles)
+                    failure = missing_answers(outcome, self.context.puzzles)
             elif gate.reading is not None:
                 samples.append(sample_json(0.0, "before", gate.reading))
         except DeviceBusy:
@@ -174,34 +171,16 @@ class _Bench:
         # A runner that fails before it states its versions is the one of the run before.
         self._runner_versions = runner_versions(outcome) or self._runner_versions
         return make_record(
-            run,
-            bench_id=self.lock.bench_id,
-            run_id=run_id,
-            started_at=started_at,
-            conditions=run_conditions(
-                self.plan,
-                run,
-                gate,
-                device=self.device,
-                transport=self.transport,
-                bundle=self.bundle,
-                deployment=self.deployment,
-                workload=self.workloads[run.pass_],
-                runner_versions=self._runner_versions,
-            ),
-            gate=gate,
-            samples=samples,
-            outcome=outcome,
-            failure=failure,
-            puzzles=self.puzzles,
-        )
+            self.context, run, run_id, started_at, gate, samples, outcome, failure,
+            self._runner_versions,
+        )  # fmt: skip
 
     def _wait_until_cool(self, run: PlannedRun, gate: ThermalGate) -> None:
         gate.wait(
-            self.transport,
-            timeout_s=self.plan.gate_timeout_s,
-            poll_s=self.plan.poll_s,
-            gone_s=self.plan.gone_s,
+            self._transport,
+            timeout_s=self._plan.gate_timeout_s,
+            poll_s=self._plan.poll_s,
+            gone_s=self._plan.gone_s,
             beat=self.lock.beat,
             on_break=lambda error: self.report(ConnectionLost(str(error))),
             on_wait=lambda sensor, celsius, waited_s: self.report(
@@ -220,17 +199,16 @@ class _Bench:
             elif not isinstance(event, Sample):
                 self.report(RunProgress(run, event))
 
-        request = run_request(
-            self.plan, run, run_id, self.workloads[run.pass_], self.bundle.manifest,
-            self.deployment, self.puzzles,
-        )  # fmt: skip
+        request = run_request(self.context, run, run_id)
         try:
-            going = remote_run.start(self.transport, self.runner, request, gone_s=self.plan.gone_s)
+            going = remote_run.start(
+                self._transport, self.context.runner, request, gone_s=self._plan.gone_s
+            )
             started_s = time.monotonic()
             outcome = going.follow(
                 on_event,
-                poll_s=self.plan.poll_s,
-                hang_s=self.plan.hang_s,
+                poll_s=self._plan.poll_s,
+                hang_s=self._plan.hang_s,
                 each_poll=self.lock.beat_command,
             )
         except BaseException:
@@ -252,19 +230,21 @@ class _Bench:
         samples: list[dict[str, Any]],
         started_s: float,
     ) -> None:
-        """Read the sensors once more; what failed stays there for whoever wants to look."""
+        """Read the sensors once more; what failed stays there to be looked at."""
         if outcome.failure is not None and outcome.failure.reason == "device_gone":
             return
         answer = retry_while_gone(
-            self.transport, lambda: run_checked(self.transport, sensors.COMMAND), self.plan.gone_s
+            self._transport,
+            lambda: run_checked(self._transport, sensors.COMMAND),
+            self._plan.gone_s,
         )
         after = sensors.parse(answer.text)
         samples.append(sample_json(time.monotonic() - started_s, "after", after))
         if outcome.failure is None:
-            retry_while_gone(self.transport, going.remove, self.plan.gone_s)
+            retry_while_gone(self._transport, going.remove, self._plan.gone_s)
 
     def _kill(self, run_id: str) -> None:
-        going = remote_run.RemoteRun(self.transport, run_id, gone_s=_INTERRUPT_S)
+        going = remote_run.RemoteRun(self._transport, run_id, gone_s=_INTERRUPT_S)
         try:
             going.kill()
         except DeviceError as error:

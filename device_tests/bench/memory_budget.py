@@ -49,11 +49,11 @@ def parse_available(text: str) -> int | None:
 
 
 def run_budget(transport: Transport, bundle: Bundle) -> RunBudget | None:
-    """The budget of a run there; None for programs whose memory cannot be told from their files."""
+    """The budget of a run there; None for programs whose files do not say how much they need."""
     try:
         budget = budget_of_bundle(bundle, None, available_bytes(transport), runtime=LINUX_RUNNER)
     except BundleError:
-        return None  # not of the backend that this project lowers to; running it will tell
+        return None  # not of the backend that this project lowers to; only a run shows it
     return RunBudget(budget, warning_of(budget, transport.serial))
 
 

@@ -17,7 +17,7 @@ class ReconnectingShell:
     """Commands that may be repeated, sent again whenever the connection breaks and comes back.
 
     retry_s: how long a lost device is waited for, each time. on_wait: called before that.
-    `restarted` is set when the device was found with another boot id; whoever cares clears it.
+    `restarted` is set when the device was found with another boot id; the caller clears it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """One run on a device: started detached, followed by polls, its end collected and named.
 
 Nothing depends on an open stream: the run writes its events and its result into a folder on the
-device, and whoever asks later finds them there. Which runs are made, and when, is not known here.
+device, where they are found later. Which runs are made, and when, is not known here.
 
 What following costs the device: each poll is one `sh`, whose builtins read the state of the process
 and the sensors (see `sensors.POLL_COMMAND`), and `tail` with `head` for the new events. On an x86
@@ -104,7 +104,7 @@ class RemoteRun:
         self._events: list[dict[str, Any]] = []
         self._samples: list[Sample] = []
         self._interruptions = 0
-        self._tell: Callable[[RunEvent], None] = _ignore
+        self._report: Callable[[RunEvent], None] = _ignore
 
     def follow(
         self,
@@ -120,7 +120,7 @@ class RemoteRun:
         event for `hang_s` (those of timers do not count) the run is killed as hung. `each_poll` is
         a piece of shell that is run with every poll. `on_event` is called as events arrive.
         """
-        self._tell = on_event or _ignore
+        self._report = on_event or _ignore
         try:
             failure, exit_code = self._watch(poll_s, hang_s, each_poll)
             if failure is None:
@@ -168,8 +168,8 @@ class RemoteRun:
         self._started_s = time.monotonic()
 
     def _retry(self, call: Callable[[], Answer], gone_s: float | None = None) -> Answer:
-        patience_s = self._gone_s if gone_s is None else gone_s
-        return retry_while_gone(self.transport, call, patience_s)
+        wait_s = self._gone_s if gone_s is None else gone_s
+        return retry_while_gone(self.transport, call, wait_s)
 
     def _watch(
         self, poll_s: float, hang_s: float, each_poll: str
@@ -204,7 +204,7 @@ class RemoteRun:
 
         def interrupted(error: DeviceError) -> None:
             self._interruptions += 1
-            self._tell(Interrupted(str(error)))
+            self._report(Interrupted(str(error)))
 
         reply = retry_while_gone(
             self.transport,
@@ -218,7 +218,7 @@ class RemoteRun:
         sample = Sample(round(now - self._started_s, 3), sensors.parse(text))
         if len(self._samples) < MAXIMUM_SAMPLES:
             self._samples.append(sample)
-        self._tell(sample)
+        self._report(sample)
 
     def _take(self, data: bytes) -> bool:
         """Keep the whole lines of `data`; whether one of them shows that the run goes on.
@@ -239,7 +239,7 @@ class RemoteRun:
             event = parse_event(line)
             self._events.append(event)
             lives |= event["event"] not in _SAMPLING_EVENTS
-            self._tell(event)
+            self._report(event)
         return lives
 
     def _collect(self, exit_code: int | None) -> RunOutcome:
@@ -312,7 +312,7 @@ def start(
     """Start the run on the device, detached, once.
 
     A broken connection is waited for, up to `gone_s` each time. Raises a DeviceError if the device
-    stays away, has no room, or does not do what it is told.
+    stays away, has no room, or refuses.
     """
     run = RemoteRun(transport, request.run_id, gone_s=gone_s)
     run._start(runner, request)

@@ -6,43 +6,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from device_tests.bench.deploy import Deployment
-from device_tests.bench.plan import BenchPlan, PlannedRun
-from device_tests.bench.workload import Workloads
-from device_tests.remote.conditions import Device
+from device_tests.bench.context import BenchContext
+from device_tests.bench.plan import PlannedRun
 from device_tests.results.configuration import device_serial
 from device_tests.results.records import Record
 
 _Key = tuple[int | None, str, int, str]
 
 
-def missing_runs(
-    plan: BenchPlan,
-    workloads: Workloads,
-    earlier: Sequence[Record],
-    device: Device,
-    deployment: Deployment,
-) -> list[PlannedRun]:
+def missing_runs(context: BenchContext, earlier: Sequence[Record]) -> list[PlannedRun]:
     """The runs that have not gone well on this device with this bundle, gated and polled alike."""
-    done = set(_done(earlier, device, deployment, plan))
+    done = set(_done(context, earlier))
     return [
         run
-        for run in plan.runs
-        if _key(run.threads, run.pass_, run.repeat, workloads[run.pass_]) not in done
+        for run in context.plan.runs
+        if _key(run.threads, run.pass_, run.repeat, context.workloads[run.pass_]) not in done
     ]
 
 
-def _done(
-    earlier: Sequence[Record], device: Device, deployment: Deployment, plan: BenchPlan
-) -> Iterable[_Key]:
+def _done(context: BenchContext, earlier: Sequence[Record]) -> Iterable[_Key]:
     for record in earlier:
         conditions = record["conditions"]
         if (
             record["status"] == "ok"
-            and record["gate"]["threshold_c"] == plan.max_temperature_c
-            and conditions["poll_s"] == plan.poll_s
-            and conditions["bundle"]["sha256"] == deployment.bundle_sha256
-            and _identity(conditions["device"]) == _identity(asdict(device))
+            and record["gate"]["threshold_c"] == context.plan.max_temperature_c
+            and conditions["poll_s"] == context.plan.poll_s
+            and conditions["bundle"]["sha256"] == context.deployment.bundle_sha256
+            and _identity(conditions["device"]) == _identity(asdict(context.device))
         ):
             yield _key(
                 conditions["threads"], record["pass"], record["repeat"], conditions["workload"]

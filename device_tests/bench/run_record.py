@@ -7,81 +7,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from device_tests.adb.transport import Transport
-from device_tests.bench.deploy import Deployment
+from device_tests.bench.context import BenchContext
 from device_tests.bench.failures import Failure
-from device_tests.bench.plan import BenchPlan, PlannedRun
+from device_tests.bench.plan import PlannedRun
 from device_tests.bench.remote_run import RunOutcome
 from device_tests.bench.thermal_gate import ThermalGate
 from device_tests.remote import sensors
-from device_tests.remote.conditions import Clocks, Device
+from device_tests.remote.conditions import Clocks
 from device_tests.results import records
 from device_tests.results.records import Record
-from export.contract.bundle import Bundle
 from export.contract.manifest import Manifest
 from export.host.puzzles import Puzzle, is_exact
 
 
-def run_conditions(
-    plan: BenchPlan,
-    run: PlannedRun,
-    gate: ThermalGate,
-    *,
-    device: Device,
-    transport: Transport,
-    bundle: Bundle,
-    deployment: Deployment,
-    workload: Mapping[str, Any],
-    runner_versions: Mapping[str, str],
-) -> dict[str, Any]:
-    """Everything that must agree between runs that are compared."""
-    manifest = bundle.manifest
-    return {
-        "device": asdict(device),
-        "clocks": _clocks_json(gate.clocks),
-        "charging": None if gate.reading is None else gate.reading.charging,
-        "transport": transport.kind,
-        "poll_s": plan.poll_s,
-        "threads": run.threads,
-        "bundle": {
-            "sha256": deployment.bundle_sha256,
-            "name": manifest.model.name[:1000],
-            "family": manifest.model.family,
-            "style": manifest.style,
-            "recipe": recipe_name(manifest),
-            "backend": ", ".join(manifest.backends),
-            "bytes": bundle.total_bytes,
-        },
-        "workload": dict(workload),
-        "versions": {"pocket_diffusion": _own_version(), **runner_versions},
-    }
-
-
 def make_record(
+    context: BenchContext,
     run: PlannedRun,
-    *,
-    bench_id: str,
     run_id: str,
     started_at: str,
-    conditions: Mapping[str, Any],
     gate: ThermalGate,
     samples: Sequence[Mapping[str, Any]],
     outcome: RunOutcome,
     failure: Failure | None,
-    puzzles: Sequence[Puzzle],
+    runner_versions: Mapping[str, str],
 ) -> Record:
     """The record of a run, whatever became of it, with its metrics."""
     record: Record = {
         "schema_version": records.SCHEMA_VERSION,
         "record": "run",
-        "bench_id": bench_id,
+        "bench_id": context.bench_id,
         "run_id": run_id,
         "pass": run.pass_,
         "repeat": run.repeat,
         "started_at": started_at,
         "status": "ok" if failure is None else "failed",
         "failure": None if failure is None else _failure_json(failure),
-        "conditions": dict(conditions),
+        "conditions": _conditions(context, run, gate, runner_versions),
         "gate": gate.to_json(),
         "sensors": list(samples),
         "result": outcome.result,
@@ -92,7 +53,7 @@ def make_record(
     if run.pass_ == "puzzles" and failure is None and outcome.result is not None:
         record["puzzles"] = [
             asdict(puzzle) | {"is_exact": is_exact(puzzle, answer["text"])}
-            for puzzle, answer in zip(puzzles, outcome.result["answers"], strict=True)
+            for puzzle, answer in zip(context.puzzles, outcome.result["answers"], strict=True)
         ]
     # Imported here: the table of metrics brings libraries that a start need not wait for.
     from device_tests.results import metrics
@@ -140,6 +101,33 @@ def recipe_name(manifest: Manifest) -> str | None:
     inner = recipe.get("recipe")
     name = inner.get("name") if isinstance(inner, dict) else recipe.get("name")
     return name[:1000] if isinstance(name, str) else None
+
+
+def _conditions(
+    context: BenchContext, run: PlannedRun, gate: ThermalGate, runner_versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that must agree between runs that are compared."""
+    bundle = context.bundle
+    manifest = bundle.manifest
+    return {
+        "device": asdict(context.device),
+        "clocks": _clocks_json(gate.clocks),
+        "charging": None if gate.reading is None else gate.reading.charging,
+        "transport": context.transport.kind,
+        "poll_s": context.plan.poll_s,
+        "threads": run.threads,
+        "bundle": {
+            "sha256": context.deployment.bundle_sha256,
+            "name": manifest.model.name[:1000],
+            "family": manifest.model.family,
+            "style": manifest.style,
+            "recipe": recipe_name(manifest),
+            "backend": ", ".join(manifest.backends),
+            "bytes": bundle.total_bytes,
+        },
+        "workload": context.workloads[run.pass_],
+        "versions": {"pocket_diffusion": _own_version(), **runner_versions},
+    }
 
 
 def _clocks_json(clocks: Clocks) -> dict[str, Any]:

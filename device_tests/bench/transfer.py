@@ -225,7 +225,7 @@ class FileTransfer:
         Raises ChangedByOthers if it is gone, or another push put something else there meanwhile.
         """
         target = self.target(file)
-        # One command, so that little comes between. The inode tells whether what was moved is what
+        # One command, so that little comes between. The inode shows whether what was moved is what
         # was hashed.
         followed = "h=; " if following is None else following.finish_command(file.bytes)
         command = (
@@ -238,7 +238,7 @@ class FileTransfer:
             'mv -f "$p" "$t" || gone; '
             'if [ "$(stat -c %i "$t")" = "$i" ]; then echo placed; else echo gone; fi'
         )
-        said = self._run(command, 2 * remote_files.patience_s(file.bytes)).text.strip()
+        said = self._run(command, 2 * remote_files.transfer_timeout_s(file.bytes)).text.strip()
         if said == "placed":
             self._progress.placed_bytes += file.bytes
             return True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from device_tests.bench.context import BenchContext, Workloads
 from device_tests.bench.deploy import Deployment
 from device_tests.bench.inventory import PACKED_FOLDER
 from device_tests.bench.plan import BenchPlan, PlannedRun
@@ -27,8 +27,6 @@ PROMPT_STREAM = 2
 DEFAULT_PROMPT_TOKENS = 32
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_STEPS = 16
-
-Workloads = Mapping[Pass, dict[str, Any]]
 
 
 def prepare(plan: BenchPlan, bundle: Bundle) -> tuple[Workloads, tuple[Puzzle, ...]]:
@@ -117,24 +115,18 @@ def random_prompt(manifest: Manifest, count: int, seed: int) -> tuple[int, ...]:
     return tuple(ordinary[int(place)] for place in places)
 
 
-def run_request(
-    plan: BenchPlan,
-    run: PlannedRun,
-    run_id: str,
-    work: Mapping[str, Any],
-    manifest: Manifest,
-    deployment: Deployment,
-    puzzles: Sequence[Puzzle],
-) -> RunRequest:
-    """The request of a run whose workload is `work`."""
+def run_request(context: BenchContext, run: PlannedRun, run_id: str) -> RunRequest:
+    """The request of a run."""
+    work, deployment = context.workloads[run.pass_], context.deployment
     budget_bytes = work.get("memory_budget_bytes")
     prompts: tuple[Prompt, ...]
     if run.pass_ == "puzzles":
-        prompts = tuple(puzzle.prompt for puzzle in puzzles)
+        prompts = tuple(puzzle.prompt for puzzle in context.puzzles)
     elif work["prompt_text"] is not None:
         prompts = (work["prompt_text"],)
     else:
-        prompts = (random_prompt(manifest, work["prompt_tokens"], plan.seed),)
+        count, seed = work["prompt_tokens"], context.plan.seed
+        prompts = (random_prompt(context.bundle.manifest, count, seed),)
     return RunRequest(
         run_id=run_id,
         bundle=deployment.remote_folder,

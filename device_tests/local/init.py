@@ -165,7 +165,7 @@ def enter_root(root: Path) -> None:
 
 
 def _end_with_stdin() -> None:
-    """End, and with this process the whole device, when whoever started it is gone."""
+    """End, and with this process the whole device, when its starter is gone."""
     while os.read(0, 1):
         pass
     os._exit(0)

@@ -1,7 +1,7 @@
 """What a device is and at which clocks it may run: the commands that ask, their answers parsed.
 
 The parsers are pure functions on text, for Android (`getprop`) and other Linux. What a device says
-of itself is untrusted: it is kept as text of limited length and believed nowhere.
+of itself is untrusted: it is kept as text of limited length and relied on nowhere.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read_device(transport: Transport) -> Device:
 
 
 def parse_device(text: str, serial: str) -> Device:
-    """Understand the answer to `DEVICE_COMMAND`; no answer raises."""
+    """The device by its answer to `DEVICE_COMMAND`; no answer raises."""
     said: dict[str, str] = {}
     for line in text[:MAXIMUM_TEXT_CHARACTERS].splitlines():
         if line.startswith("model name"):
@@ -124,7 +124,7 @@ def parse_device(text: str, serial: str) -> Device:
 
 
 def parse_clocks(text: str) -> Clocks:
-    """Understand the answer to `CLOCKS_COMMAND`; no answer raises."""
+    """The clock regime by the answer to `CLOCKS_COMMAND`; no answer raises."""
     governor: dict[str, str] = {}
     limits: dict[str, tuple[float, float]] = {}
     for line in text[:MAXIMUM_TEXT_CHARACTERS].splitlines()[:MAXIMUM_SENSORS]:

@@ -35,7 +35,7 @@ _SHA256 = re.compile(r"([0-9a-f]{64})\b")
 _KNOWN_TEXT = "pocketdiff"
 
 
-def patience_s(count_bytes: int) -> float:
+def transfer_timeout_s(count_bytes: int) -> float:
     """How long a command may take that reads or writes `count_bytes`."""
     return 60.0 + count_bytes / SLOWEST_BYTES_PER_S
 
@@ -56,7 +56,7 @@ def sizes_bytes(run: Run, paths: Sequence[str]) -> list[int | None]:
 
 
 def hash_program(transport: Transport) -> str:
-    """OPENSSL where the device has it and it gives the right hash of a known text, else SHA256SUM.
+    """OPENSSL where the device has it and prints the right hash of a known text, else SHA256SUM.
 
     Both read standard input and print the hash first.
     """
@@ -72,7 +72,7 @@ def sha256(run: Run, path: str, size_bytes: int, program: str) -> str | None:
     """
     # Read as standard input: no name is printed that could be escaped.
     command = f'f={quote(path)}; [ -f "$f" ] && [ ! -L "$f" ] && {program} < "$f" || echo -'
-    text = run(command, patience_s(size_bytes)).text.strip()
+    text = run(command, transfer_timeout_s(size_bytes)).text.strip()
     return None if text == "-" else _digest(command, text)
 
 
@@ -93,7 +93,7 @@ def chunk_sha256s(
             f"for s in {skips}; do dd if={quote(path)} bs={block} skip=$s "
             f"count={chunk_bytes // block} 2>/dev/null | {program}; done"
         )
-        lines = run(command, patience_s(len(chunks) * chunk_bytes)).text.splitlines()
+        lines = run(command, transfer_timeout_s(len(chunks) * chunk_bytes)).text.splitlines()
         if len(lines) != len(chunks):
             raise _unexpected(command, " ".join(lines))
         for line in lines:

@@ -119,7 +119,7 @@ def is_cpu_sensor(name: str) -> bool:
 
 
 def parse(text: str) -> Reading:
-    """Understand the answer to `COMMAND` or `POLL_COMMAND`; what is not understood is left out.
+    """The sensors by the answer to `COMMAND` or `POLL_COMMAND`; what is malformed is left out.
 
     Sizes are bounded, names printable; no answer raises.
     """

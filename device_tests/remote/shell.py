@@ -1,4 +1,4 @@
-"""Commands for a device's shell: quoted, checked, their failures told in one sentence.
+"""Commands for a device's shell: quoted, checked, their failures put in one sentence.
 
 Written for the smaller of both worlds: toybox with mksh (Android 8 and later), coreutils with dash.
 """
@@ -36,7 +36,7 @@ def run_checked(transport: Transport, command: str, timeout_s: float = 30.0) -> 
 
 
 def failure(transport: Transport, command: str, result: ShellResult) -> CommandFailed | StorageFull:
-    """The error that tells how `command` failed; for callers that look at exit codes themselves."""
+    """The error that says how `command` failed; for callers that look at exit codes themselves."""
     said = excerpt(result.error_text) or excerpt(result.text)
     if says_storage_full(result.error_text + result.text):
         return StorageFull(

@@ -134,7 +134,7 @@ class Row:
 
     @property
     def is_too_few(self) -> bool:
-        """Whether an interval is shown that is of too few runs to be believed."""
+        """Whether an interval is shown of too few runs for a verdict."""
         return _is_too_few(self.metric, self.interval, self.fewest)
 
     @property

@@ -131,7 +131,7 @@ class Configuration:
 def configurations(records: Iterable[Record]) -> list[Configuration]:
     """Sort records into configurations, in the order of their first runs.
 
-    A run that failed before it could tell the runner's versions belongs to the first configuration
+    A run that failed before the runner stated its versions belongs to the first configuration
     that it does not contradict; a run that fits several belongs to that of its own bench.
     """
     found: list[Configuration] = []

@@ -178,7 +178,7 @@ def _colours(count: int) -> Iterator[tuple[int, str]]:
 
 def _key(axes: Axes, columns: int = 3) -> None:
     """A legend under the plot, where it hides nothing; none for more lines than there are
-    colours, which nobody could tell apart."""
+    colours, which could not be told apart."""
     handles, labels = axes.get_legend_handles_labels()
     if 0 < len(handles) <= len(_SERIES) + 1:
         axes.figure.legend(
