@@ -14,7 +14,6 @@ import socket
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 from device_tests.adb.transport import ShellResult, Transport
 from device_tests.bench.remote_run import RemoteRun
@@ -178,12 +177,7 @@ class DeviceLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self.release()
         except DeviceError as left:

@@ -21,7 +21,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from device_tests.errors import DeviceNotFound
 from device_tests.local.adbd import Adbd, LocalDeviceUnavailable, adbd
@@ -137,12 +136,7 @@ class LocalDevice:
     def __enter__(self) -> LocalDevice:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def _take_folder(self) -> int:

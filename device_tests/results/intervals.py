@@ -51,16 +51,16 @@ def _bootstrap(
 
     def statistic(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
         above, below = middle(other, axis=axis), middle(one, axis=axis)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(below == 0, np.inf, above / below)
+        return np.where(below == 0, np.inf, above / below)
 
-    return bootstrap(
-        (np.asarray(a, dtype=float), np.asarray(b, dtype=float)),
-        statistic,
-        n_resamples=RESAMPLES,
-        vectorized=True,
-        paired=paired,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    )
+    with np.errstate(divide="ignore", invalid="ignore"):  # of resamples without a ratio
+        return bootstrap(
+            (np.asarray(a, dtype=float), np.asarray(b, dtype=float)),
+            statistic,
+            n_resamples=RESAMPLES,
+            vectorized=True,
+            paired=paired,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(_SEED),
+        )

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -188,6 +187,40 @@ def test_a_hang_is_named_and_every_process_of_it_killed(
     wait_for(lambda: not processes_of(local_device, "hung"))
 
 
+class Struck(Exception):
+    """Raised in the middle of following: a run can be followed again."""
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGKILL, "crash_signal"), (signal.SIGSTOP, "hang")]
+)
+def test_a_runner_that_is_killed_or_stopped_is_named(
+    transport: Transport,
+    local_device: LocalDevice,
+    number: signal.Signals,
+    reason: str,
+) -> None:
+    run_id = f"signal-{reason}"
+    script = f"{started(run_id)}while :; do {tell(step(1))} sleep 0.05; done"
+    run = start(transport, ScriptRunner(script), request(run_id))
+
+    def strike(event: object) -> None:
+        if isinstance(event, dict) and event["event"] == "step":
+            # Not its shell, which is to tell how it ended.
+            [pid] = processes_of(local_device, run.folder, program="sh -c cd ")
+            os.kill(pid, number)
+            raise Struck
+
+    with pytest.raises(Struck):
+        run.follow(strike, poll_s=POLL_S)
+    outcome = run.follow(poll_s=POLL_S, hang_s=0.5)
+    assert outcome.failure.reason == reason
+    if reason == "crash_signal":
+        assert outcome.failure.evidence["signal"] == "SIGKILL"
+        assert outcome.failure.evidence["exit_code"] == 137
+    wait_for(lambda: not processes_of(local_device, run_id))
+
+
 # Faults of the connection and of the device.
 
 
@@ -315,40 +348,6 @@ def real_request(run_id: str, deployed: Deployment, **changes: object) -> RunReq
 
 LONG = {"force_steps": 10**6}
 """Minutes of the toy model; whoever asks for it ends it."""
-
-
-class Struck(Exception):
-    """Raised in the middle of following: a run can be followed again."""
-
-
-@pytest.mark.parametrize(
-    ("number", "reason"), [(signal.SIGKILL, "crash_signal"), (signal.SIGSTOP, "hang")]
-)
-def test_a_runner_that_is_killed_or_stopped_is_named(
-    transport: Transport,
-    local_device: LocalDevice,
-    deployed: Deployment,
-    number: signal.Signals,
-    reason: str,
-) -> None:
-    run_id = f"signal-{reason}"
-    run = start(transport, LinuxRunner(), real_request(run_id, deployed, **LONG))
-
-    def strike(event: object) -> None:
-        if isinstance(event, dict) and event["event"] == "step":
-            # Not its shell, which is to tell how it ended.
-            [pid] = processes_of(local_device, run.folder, program=sys.executable)
-            os.kill(pid, number)
-            raise Struck
-
-    with pytest.raises(Struck):
-        run.follow(strike, poll_s=POLL_S)
-    outcome = run.follow(poll_s=POLL_S, hang_s=0.5)
-    assert outcome.failure.reason == reason
-    if reason == "crash_signal":
-        assert outcome.failure.evidence["signal"] == "SIGKILL"
-        assert outcome.failure.evidence["exit_code"] == 137
-    wait_for(lambda: not processes_of(local_device, run_id))
 
 
 def test_a_budget_that_is_too_small_is_named(transport: Transport, deployed: Deployment) -> None:
