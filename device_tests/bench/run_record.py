@@ -78,7 +78,9 @@ def runner_versions(outcome: RunOutcome) -> dict[str, str] | None:
     """The versions that the runner stated; None if it failed before."""
     for event in outcome.events:
         if event["event"] == "started":
-            stated = list(event["versions"].items())[:60]
+            runtime = event["runtime"]
+            own = {"runtime_host": runtime["host"], "runtime": runtime["version"]}
+            stated = [*own.items(), *event["versions"].items()][:60]
             return {sensors.clean(str(name)): sensors.clean(str(value)) for name, value in stated}
     return None
 

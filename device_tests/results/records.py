@@ -1,57 +1,44 @@
 """The results file: one JSON line per run on a device, appended and never rewritten.
 
 What a record's metrics mean and how records are compared is not known here. The format is
-`record.schema.json`.
+`device_tests.results.record_format`'s.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from quantize.errors import OutputError, UserError
+from device_tests.results.record_format import (
+    FORMAT,
+    PASSES,
+    REASONS,
+    FailedRun,
+    OkRun,
+    Pass,
+    Reason,
+    RecordError,
+)
+from export.contract.validation import VERSION
+from quantize.errors import OutputError
 from quantize.files.json_lines import append_bytes, open_for_append, parse_line
 
-SCHEMA_VERSION = 4
-"""2 has the pass `puzzles`, 3 the load average; files of versions 1 and 2 are read too."""
 MAXIMUM_LINE_BYTES = 256 * 2**20
 
-Pass = Literal["cold", "warm_up", "speed", "natural", "memory", "puzzles"]
-"""Why a run was made: load from storage, first run, forced steps, free steps, memory sampling,
-answers that are graded."""
-
-PASSES: tuple[Pass, ...] = get_args(Pass)
-
-Reason = Literal[
-    "out_of_memory",
-    "crash_signal",
-    "hang",
-    "device_gone",
-    "device_restarted",
-    "storage_full",
-    "thermal_timeout",
-    "bundle_refused",
-    "runner_missing",
-    "input",
-    "internal",
-]
-"""Every way in which a run can fail."""
-
-REASONS: tuple[Reason, ...] = get_args(Reason)
-
+SCHEMA_VERSION = VERSION
 Record = dict[str, Any]
+
+__all__ = [
+    "PASSES", "REASONS", "Pass", "Reason", "Record", "RecordError", "append", "check", "prepare",
+    "read",
+]  # fmt: skip
 
 _BEGINNING = b'{"schema_version"'
 _log = logging.getLogger(__name__)
-
-
-class RecordError(UserError):
-    """A results file that cannot be read, or a record that breaks the format."""
 
 
 def prepare(path: str | os.PathLike[str]) -> None:
@@ -133,36 +120,15 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def check(record: Record, where: str) -> None:
-    """Raise RecordError, naming the field, if `record` breaks the schema."""
-    from jsonschema.exceptions import best_match
-
-    version = record.get("schema_version")
-    if type(version) is int and version > SCHEMA_VERSION:
-        raise RecordError(
-            f"{where} has schema version {version}, this program reads up to {SCHEMA_VERSION}; "
-            "update the program"
-        )
-    error = best_match(_validator().iter_errors(record))
-    if error is not None:
-        field = ".".join(str(part) for part in error.absolute_path) or "the top level"
-        # The schema's own sentence quotes the offending value, which may be long.
-        reason = error.message if len(error.message) <= 200 else error.message[:200] + "..."
-        raise RecordError(f"{where} breaks the format of records at {field} ({reason})")
+    """Raise RecordError, naming the field, if `record` breaks the format."""
+    FORMAT.check_version(record, where, "program")
+    FORMAT.check(record, OkRun | FailedRun, where)
 
 
 def _unwritable(path: str | os.PathLike[str], error: OSError) -> OutputError:
     return OutputError(
         f"{path} cannot be written ({error.strerror}); free space or give another file"
     )
-
-
-@functools.cache
-def _validator() -> Any:
-    # Imported here: a tenth of a second that `--help` need not pay.
-    from jsonschema import Draft202012Validator
-
-    schema = Path(__file__).with_name("record.schema.json").read_text(encoding="utf-8")
-    return Draft202012Validator(json.loads(schema))
 
 
 def _close_last_line(descriptor: int, path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -75,6 +76,7 @@ def run(
     if pass_ == "memory":
         record["memory"] = _memory(events[-1]["t_ms"])
     record["metrics"] = compute(record)
+    record = json.loads(json.dumps(record))  # numbers of numpy become plain ones
     records.check(record, "the sample")
     return record
 

@@ -115,7 +115,7 @@ def test_puzzles_are_one_run_and_graded_here(
         return record
 
     record = run(texts, "ok.jsonl")
-    assert record["status"] == "ok" and record["schema_version"] == 4
+    assert record["status"] == "ok" and record["schema_version"] == 1
     assert [puzzle["is_exact"] for puzzle in record["puzzles"]] == [True] * 5 + [False]
     assert record["metrics"]["exact_match"] == 5 / 6
     assert record["metrics"]["exact_match_sort"] == 1
