@@ -15,12 +15,11 @@ from contextlib import contextmanager
 
 from adb_shell.transport.base_transport import BaseTransport
 
-from device_tests.adb.adb_transport import AdbTransport, opened
 from device_tests.adb.cable import Tcp, find_usb, list_usb
 from device_tests.adb.faults import excerpt
 from device_tests.adb.link import Authorisation, DuplexStream, Link, Stream
-from device_tests.adb.opener import ByteStream, Deadline, TimedOut, check_length
-from device_tests.adb.transport import Kind
+from device_tests.adb.opener import ByteStream, Deadline, Kind, TimedOut, check_length
+from device_tests.adb.transport import Transport, opened
 from device_tests.errors import DeviceGone, DeviceNotFound, ProtocolError
 from quantize.errors import DeviceError
 
@@ -37,7 +36,7 @@ def open_tcp(
     *,
     timeout_s: float = CONNECT_TIMEOUT_S,
     authorisation: Authorisation = _NO_KEY,
-) -> AdbTransport:
+) -> Transport:
     """Connect to the adbd that listens at `host`:`port`.
 
     Raises DeviceGone, DeviceUnauthorized, ProtocolError.
@@ -51,7 +50,7 @@ def open_usb(
     *,
     timeout_s: float = CONNECT_TIMEOUT_S,
     authorisation: Authorisation = _NO_KEY,
-) -> AdbTransport:
+) -> Transport:
     """Connect to the device with this serial number, or to the only one, over USB.
 
     Raises DeviceNotFound (none, or several and no serial), DeviceUnauthorized, DeviceError if the

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
-from device_tests.adb.transport import Kind
 from device_tests.errors import CommandFailed
+
+Kind = Literal["server", "tcp", "usb"]
 
 
 class TimedOut(Exception):

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import adbutils
 
 from device_tests.adb import faults
-from device_tests.adb.adb_transport import AdbTransport, opened
 from device_tests.adb.cable import Cable, Tcp
 from device_tests.adb.faults import excerpt
-from device_tests.adb.opener import ByteStream, Deadline, NotOpened, TimedOut, check_length
-from device_tests.adb.transport import Kind
+from device_tests.adb.opener import ByteStream, Deadline, Kind, NotOpened, TimedOut, check_length
+from device_tests.adb.transport import Transport, opened
 from device_tests.errors import CommandTimeout, DeviceGone, DeviceNotFound, ProtocolError
 from quantize.errors import DeviceError
 
@@ -225,7 +224,7 @@ def is_network_serial(serial: str) -> bool:
     return bool(colon and host) and port.isascii() and port.isdigit()
 
 
-def open_server(serial: str, address: ServerAddress | None = None) -> AdbTransport:
+def open_server(serial: str, address: ServerAddress | None = None) -> Transport:
     """The device `serial` through the running server, which is told to connect to a HOST:PORT.
 
     Raises DeviceNotFound (no server, or it does not know the device), DeviceUnauthorized,

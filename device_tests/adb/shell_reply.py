@@ -8,14 +8,42 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from device_tests.adb.transport import RemoteStat
 from device_tests.errors import ProtocolError
 
 STDIN, STDOUT, STDERR, EXIT, CLOSE_INPUT = range(5)
 FRAME = struct.Struct("<BI")
 CLOSE_STDIN = FRAME.pack(CLOSE_INPUT, 0)
 _STAT = re.compile(rb"(\d{1,19}) ([0-9a-f]{1,8}) (-?\d{1,19})")
+
+
+@dataclass(frozen=True)
+class ShellResult:
+    """What a command on the device said and how it ended; 128 + n: killed by signal n."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        """Standard output as text, what is not UTF-8 replaced."""
+        return self.stdout.decode("utf-8", errors="replace")
+
+    @property
+    def error_text(self) -> str:
+        """Standard error as text, what is not UTF-8 replaced."""
+        return self.stderr.decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class RemoteStat:
+    """A file or folder on the device; `size_bytes` is exact beyond 4 GiB, `mode` as in stat(2)."""
+
+    size_bytes: int
+    mode: int
+    modified_s: int
 
 
 class ShellReply:

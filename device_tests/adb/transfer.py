@@ -20,7 +20,6 @@ from device_tests.adb import faults
 from device_tests.adb.opener import Deadline, Opener, TimedOut
 from device_tests.adb.shell_reply import FRAME, STDERR
 from device_tests.adb.shell_stream import ShellStream, keep, running
-from device_tests.adb.transport import Progress
 from device_tests.errors import DeviceGone, ProtocolError
 from quantize.errors import DeviceError
 
@@ -30,6 +29,8 @@ MIN_BLOCK_BYTES = 4096
 """Smaller blocks cost too many system calls to be used for more than a few bytes."""
 PARALLEL_FROM_BYTES = 8 * BLOCK_BYTES
 
+Progress = Callable[[int], None]
+"""Called with the bytes moved so far by this call."""
 Fill = Callable[[memoryview, int], int]
 """Reads bytes of the source, from a position, into a view; returns how many."""
 
@@ -60,7 +61,7 @@ class Transfer:
     stall_s: float
 
     def push(self, source: BinaryIO, length: int, offset: int, progress: Progress | None) -> None:
-        """See Transport. A large part of a plain file travels in the opener's parallel streams."""
+        """A large part of a plain file travels in the opener's parallel streams."""
         moved = _Moved(progress)
         fill, is_file = _filler(source)
         if not (is_file and self.opener.parallel_streams > 1 and length >= PARALLEL_FROM_BYTES):
@@ -88,7 +89,6 @@ class Transfer:
     def pull(
         self, destination: BinaryIO, offset: int, length: int | None, progress: Progress | None
     ) -> int:
-        """See Transport."""
         skip, unwanted = divmod(offset, BLOCK_BYTES)
         command = f"LC_ALL=C dd {shlex.quote('if=' + self.remote)} bs={BLOCK_BYTES} skip={skip}"
         if length is not None:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import adbutils
 
-from device_tests.adb.adb_transport import STALL_S, AdbTransport
 from device_tests.adb.direct import open_tcp
 from device_tests.adb.link import Authorisation
 from device_tests.adb.server import ServerAddress, open_server
-from device_tests.adb.transport import Transport
+from device_tests.adb.transport import STALL_S, Transport
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Way:
     @contextlib.contextmanager
     def open(
         self, port: int, *, stall_s: float = STALL_S, authorisation: Authorisation | None = None
-    ) -> Iterator[AdbTransport]:
+    ) -> Iterator[Transport]:
         """A transport to the device that listens at `port`."""
         if self.server is None:
             known = authorisation or Authorisation()

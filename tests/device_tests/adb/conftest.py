@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from device_tests.adb.adb_transport import AdbTransport
+from device_tests.adb.transport import Transport
 from device_tests.local.device import LocalDevice
 from tests.support.adb_double import AdbDouble
 from tests.support.adb_ways import Way
@@ -40,7 +40,7 @@ def way(request: pytest.FixtureRequest) -> Way:
 class Device:
     """A connected device and a folder on it that may be written."""
 
-    transport: AdbTransport
+    transport: Transport
     folder: str
     port: int
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from device_tests.adb import link as adb_link
-from device_tests.adb.adb_transport import AdbTransport
 from device_tests.adb.cable import Tcp
 from device_tests.adb.direct import DirectOpener, open_tcp
 from device_tests.adb.link import Authorisation, load_key
+from device_tests.adb.transport import Transport
 from device_tests.errors import DeviceGone, DeviceUnauthorized, ProtocolError
 from device_tests.local.device import LocalDevice
 from tests.support.adb_double import AdbDouble, Authentication
 from tests.support.adb_ways import pull, push
 
 
-def opened(double: AdbDouble, authorisation: Authorisation | None = None) -> AdbTransport:
+def opened(double: AdbDouble, authorisation: Authorisation | None = None) -> Transport:
     return open_tcp("127.0.0.1", double.port, authorisation=authorisation or Authorisation())
 
 
@@ -67,7 +67,7 @@ def test_socket_that_takes_little_at_a_time_gets_everything(
 
     data = os.urandom(600_000)
     opener = DirectOpener("narrow", "tcp", lambda: Narrow("127.0.0.1", double.port))
-    with AdbTransport(opener) as transport:
+    with Transport(opener) as transport:
         push(transport, data, str(tmp_path / "file"))
     assert (tmp_path / "file").read_bytes() == data
 

@@ -26,11 +26,10 @@ from hypothesis import strategies as st
 
 from device_tests.adb import link as adb_link
 from device_tests.adb import shell_stream
-from device_tests.adb.adb_transport import AdbTransport
 from device_tests.adb.direct import DirectOpener, parse_banner
 from device_tests.adb.link import MAX_PACKET_BYTES, Authorisation, load_key
 from device_tests.adb.shell_reply import ShellReply, parse_stat
-from device_tests.adb.transport import RemoteStat, ShellResult
+from device_tests.adb.transport import RemoteStat, ShellResult, Transport
 from device_tests.errors import DeviceGone, ProtocolError
 from export.contract.runner_protocol import parse_event, parse_result
 from quantize.errors import DeviceError
@@ -114,7 +113,7 @@ def conversation(*output: bytes, written: int = 0) -> list[bytes]:
 
 
 SUCCESS = frame(3, b"\0")
-Call = Callable[[AdbTransport], object]
+Call = Callable[[Transport], object]
 CALLS: dict[str, tuple[list[bytes], Call, object]] = {
     "shell": (
         conversation(frame(1, b"out\n") + frame(2, b"err")[:3], frame(2, b"err")[3:], SUCCESS),
@@ -139,7 +138,7 @@ CALLS: dict[str, tuple[list[bytes], Call, object]] = {
 }
 
 
-def connected(*connections: Scripted, keys: Path) -> AdbTransport:
+def connected(*connections: Scripted, keys: Path) -> Transport:
     queue = iter(connections)
 
     def connector() -> BaseTransport:
@@ -150,7 +149,7 @@ def connected(*connections: Scripted, keys: Path) -> AdbTransport:
 
     opener = DirectOpener("fuzz", "tcp", connector, authorisation=Authorisation(keys, 1.0))
     opener.reconnect(10.0)
-    return AdbTransport(opener, stall_s=1.0)
+    return Transport(opener, stall_s=1.0)
 
 
 @pytest.fixture(scope="module")

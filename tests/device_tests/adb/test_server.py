@@ -13,10 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from device_tests.adb import server as adb_server
-from device_tests.adb.adb_transport import AdbTransport, opened
 from device_tests.adb.opener import Deadline
 from device_tests.adb.server import ServerAddress, ServerOpener, open_server
-from device_tests.adb.transport import ShellResult
+from device_tests.adb.transport import ShellResult, Transport, opened
 from device_tests.errors import (
     CommandFailed,
     DeviceGone,
@@ -69,7 +68,7 @@ def test_looking_for_a_server_starts_none(no_server: ServerAddress) -> None:
     assert adb_server.server_devices() == []
     with pytest.raises(DeviceNotFound, match=f"no adb server runs at {no_server}"):
         open_server("1234")
-    transport = AdbTransport(ServerOpener("1234", no_server))
+    transport = Transport(ServerOpener("1234", no_server))
     with pytest.raises(DeviceGone, match="does not answer any more"):
         transport.shell("true")
     with socket.socket() as probe:
@@ -197,7 +196,7 @@ def test_any_answer_is_a_result_or_a_device_error(
     address, slot = liar
     slot[0] = b"OKAY" * greeted + answer
     opener = ServerOpener("R58", address)
-    transport = AdbTransport(opener)
+    transport = Transport(opener)
     calls = [
         lambda: transport.shell("true"),
         lambda: transport.stat("/file"),
