@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from export.contract.styles import STYLES
-from export.host.program_file import read_program_memory
 from export.plan.device import Device
 from export.plan.layout import Layout, largest_layer_bytes
 
@@ -118,6 +117,8 @@ def budget_of_bundle(
     workspace_bytes: of the backend, which the files do not say. runtime: of a process without a
     model, if the device does not say. Raises BundleError for a program that cannot be read.
     """
+    from export.host.program_file import read_program_memory  # with numpy, which a plan spares
+
     lines, packed, head = [], 0, 0
     for stage in bundle.manifest.stages:
         memory = read_program_memory(bundle.path(stage.file))
