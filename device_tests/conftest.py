@@ -17,6 +17,7 @@ from device_tests.local.fixture import local_adbd  # noqa: F401
 from export.contract.bundle import Bundle, open_bundle
 from quantize.sizes import parse_bytes
 from tests.support.browser import chromium  # noqa: F401
+from tests.support.made_once import made_once
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -66,14 +67,14 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     given = request.config.getoption("--bundle")
     if given is not None:
         return open_bundle(given)
-    folder = tmp_path_factory.getbasetemp() / "demo"  # where the host's tests have theirs
-    for verb, source, destination in (
-        ("quantize", REPOSITORY / "scripts" / "demo_model", folder / "int4"),
-        ("export", folder / "int4", folder / "bundle"),
-    ):
-        if not destination.exists():
-            pocketdiff(verb, source, destination)
-    return open_bundle(folder / "bundle")
+    int4 = made_once(  # the host's tests share both
+        tmp_path_factory,
+        "demo/int4",
+        lambda folder: pocketdiff("quantize", REPOSITORY / "scripts" / "demo_model", folder),
+    )
+    return open_bundle(
+        made_once(tmp_path_factory, "demo/bundle", lambda f: pocketdiff("export", int4, f))
+    )
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,14 @@ from export.contract.bundle import Bundle, open_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from tests.support.browser import chromium  # noqa: F401
+from tests.support.made_once import made_once
 from tests.support.private_adb_server import no_server, private_server, shared_server  # noqa: F401
 
 # Tiny eager models gain nothing from a second thread, and on busy cores the threads' spinning for
 # each other made such tests twenty times slower.
 torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:  # nor do the processes that tests start beside each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 
@@ -29,32 +33,39 @@ DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 @pytest.fixture(scope="session")
 def demo_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as an int4 folder of the default recipe."""
-    folder = tmp_path_factory.getbasetemp() / "demo" / "int4"
-    if not folder.exists():  # the device suite shares it, and it appears whole or not at all
-        folder.parent.mkdir(exist_ok=True)
-        quantize_checkpoint(DEMO_MODEL, folder, preset())
-    return folder
+    return made_once(
+        tmp_path_factory,
+        "demo/int4",  # the device suite shares it
+        lambda folder: quantize_checkpoint(DEMO_MODEL, folder, preset()),
+    )
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(demo_int4: Path) -> Bundle:
+def demo_bundle(demo_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The demo model as an int4 bundle for XNNPACK; a minute of lowering."""
     from export.exporter import export_bundle
 
-    folder = demo_int4.parent / "bundle"
-    return open_bundle(folder) if folder.exists() else export_bundle(demo_int4, folder)
+    return open_bundle(
+        made_once(tmp_path_factory, "demo/bundle", lambda folder: export_bundle(demo_int4, folder))
+    )
 
 
 @pytest.fixture(scope="session")
-def toy_programs() -> dict[str, bytes]:
+def toy_programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The toy model lowered to ExecuTorch: file name -> bytes. CPU only, portable operators."""
     from export.contract.styles.uniform_diffusion import UniformDiffusion
     from tests.support import toy_model
 
-    return {
-        "layers.pte": toy_model.lower(toy_model.ToyLayers(), UniformDiffusion.layers_inputs),
-        "head.pte": toy_model.lower(toy_model.ToyHead(), UniformDiffusion.head_inputs),
-    }
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        for file, module, inputs in (
+            ("layers.pte", toy_model.ToyLayers(), UniformDiffusion.layers_inputs),
+            ("head.pte", toy_model.ToyHead(), UniformDiffusion.head_inputs),
+        ):
+            (folder / file).write_bytes(toy_model.lower(module, inputs))
+
+    folder = made_once(tmp_path_factory, "toy", make)
+    return {file: (folder / file).read_bytes() for file in ("layers.pte", "head.pte")}
 
 
 @pytest.fixture(scope="session")
