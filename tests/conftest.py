@@ -18,6 +18,7 @@ from export.contract.bundle import Bundle, open_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from tests.support.browser import chromium  # noqa: F401
+from tests.support.demo import DEMO_MODEL
 from tests.support.made_once import made_once
 from tests.support.private_adb_server import no_server, private_server, shared_server  # noqa: F401
 
@@ -26,8 +27,6 @@ from tests.support.private_adb_server import no_server, private_server, shared_s
 torch.set_num_threads(1)
 if "PYTEST_XDIST_WORKER" in os.environ:  # nor do the processes that tests start beside each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 
 
 @pytest.fixture(scope="session")

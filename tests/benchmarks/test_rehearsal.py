@@ -17,8 +17,8 @@ from export.exporter import export_bundle
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from scripts.training.make_checkpoint import plan_checkpoint, write_checkpoint
-from tests.export.backends.test_templates import digests
 from tests.support import hf_reference
+from tests.support.digests import digests
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = 64

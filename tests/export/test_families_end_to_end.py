@@ -25,13 +25,13 @@ from export.models.staging import StagedModel
 from quantize.checkpoint import open_checkpoint
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
-from tests.export.models import test_gemma4, test_hrm_text
+from tests.support import gemma4_models, hrm_text_models
 from tests.support.dense_checkpoints import END, PAD, VOCABULARY, write_tokenizer
 
 CONTEXT, PREFILL, PROMPT, NEW_TOKENS = 48, 8, 21, 5
 
 # Keys that are values, per-layer embeddings and a layer that reads the KV of the one before.
-GEMMA4 = test_gemma4.TWO_LAYERS | {
+GEMMA4 = gemma4_models.TWO_LAYERS | {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size": 32,
@@ -79,13 +79,13 @@ def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Prefill in chunks of 8, so that a short prompt takes several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gemma4_family, "PREFILL_LENGTH", PREFILL)
-        reference = test_gemma4.random_model(GEMMA4, seed=5)
+        reference = gemma4_models.random_model(GEMMA4, seed=5)
         return make(reference, tmp_path_factory.mktemp("gemma4"))
 
 
 @pytest.fixture(scope="module")
 def hrm_text(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    reference = test_hrm_text.random_model(seed=7, **HRM_TEXT)
+    reference = hrm_text_models.random_model(seed=7, **HRM_TEXT)
     return make(reference, tmp_path_factory.mktemp("hrm_text"))
 
 
@@ -154,7 +154,7 @@ def test_a_stack_of_hrm_text_is_in_memory_twice_however_often_it_runs(
     Stacks of 7 MB each, so that the weights outweigh buffers and the allocator's slack.
     """
     large = {"hidden_size": 512, "intermediate_size": 8192, "head_dim": 64}
-    made = make(test_hrm_text.random_model(seed=3, **HRM_TEXT | large), tmp_path)
+    made = make(hrm_text_models.random_model(seed=3, **HRM_TEXT | large), tmp_path)
     checkpoint = open_checkpoint(made.int4)
     stacks = [
         sum(checkpoint.stored_bytes(n) for n in checkpoint.names() if tensors in n)

@@ -12,8 +12,8 @@ import pytest
 
 from export.families import FAMILIES
 from scripts.pocketdiff import run
-from tests.conftest import DEMO_MODEL
 from tests.support import dense_checkpoints
+from tests.support.demo import DEMO_MODEL
 
 
 def remove_weights(folder: Path) -> None:

@@ -27,6 +27,7 @@ from export.host.bundle_engine import open_engine
 from scripts.console import Reporter
 from scripts.pocketdiff import run
 from scripts.views.live_canvas import LiveCanvas
+from tests.support.command_line import command, start
 from tests.support.sharded import save_shards
 from tests.support.toy_model import INFO
 
@@ -50,23 +51,6 @@ def checkpoint(tmp_path: Path) -> Path:
     }
     save_file(weights, folder / "model.safetensors")
     return folder
-
-
-def command(*arguments: object) -> list[str]:
-    return [str(argument) for argument in arguments]
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """The real program in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "scripts.pocketdiff", *command(*arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background has them ignore Ctrl-C, which is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 # --- help --------------------------------------------------------------------------------------

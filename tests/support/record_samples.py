@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -380,3 +381,19 @@ def _result(
             "head": {"delegates": 7, "delegated": 99, "portable": 100},
         },
     }
+
+
+def change(records, path, value):
+    """The same runs under another condition."""
+    found = copy.deepcopy(records)
+    for record in found:
+        *above, last = path.split(".")
+        target = record
+        for key in above:
+            target = target[key]
+        target[last] = value
+    return found
+
+
+def has_control(text: str) -> bool:
+    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in text.replace("\n", ""))

@@ -33,7 +33,7 @@ from device_tests.adb.transport import RemoteStat, ShellResult, Transport
 from device_tests.errors import DeviceGone, ProtocolError
 from export.contract.runner_protocol import parse_event, parse_result
 from quantize.errors import DeviceError
-from tests.export.contract.test_runner_protocol import EXAMPLES, RESULT
+from tests.support.protocol_examples import EXAMPLES, RESULT
 
 CASES_PER_CALL = 1500
 CASE_LIMIT_S = 20

@@ -17,8 +17,8 @@ import pytest
 from device_tests.bench.background_hash import BackgroundHash
 from device_tests.remote.files import SHA256SUM, Run
 from device_tests.remote.shell import quote, run_checked
-from tests.device_tests.bench.test_deploy import random_bytes
 from tests.support.folder_transport import FolderTransport
+from tests.support.push_tools import random_bytes
 from tests.support.small_systems import SMALL_SYSTEMS, small_device
 
 CHUNK = 1 << 20

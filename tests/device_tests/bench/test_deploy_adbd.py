@@ -28,7 +28,7 @@ from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import MakeLocalDevice
 from device_tests.remote.shell import DEVICE_ROOT, run_checked
 from export.contract.bundle import Bundle, open_bundle
-from tests.device_tests.bench.test_deploy import make_bundle, random_bytes
+from tests.support.push_tools import make_bundle, random_bytes
 
 CHUNK = 1 << 20
 HEAD_BYTES = 6 * CHUNK + 123

@@ -20,9 +20,9 @@ from export.host.evaluation import evaluate
 from export.host.puzzles import held_out
 from export.host.tokenizer import open_tokenizer
 from quantize.errors import InputError
-from tests.conftest import DEMO_MODEL
 from tests.support import toy_model
 from tests.support.bench_tools import DEPLOYMENT, QUICK, Scripted
+from tests.support.demo import DEMO_MODEL
 from tests.support.record_samples import ANSWER
 
 # The plan.

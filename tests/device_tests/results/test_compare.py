@@ -13,9 +13,8 @@ from device_tests.results.compare import AT_A_GLANCE, CompareRefused, compare
 from device_tests.results.configuration import CONDITIONS, select
 from device_tests.results.intervals import ratio_interval, share_ratio_interval
 from device_tests.results.metrics import compute
-from tests.device_tests.results.test_report import change, has_control
 from tests.support import record_samples
-from tests.support.record_samples import HOSTILE, bench
+from tests.support.record_samples import HOSTILE, bench, change, has_control
 
 
 def side(**options) -> list:

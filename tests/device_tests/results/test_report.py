@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-import unicodedata
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from device_tests.results.plain_text import condition, markdown, plain, quantity
 from device_tests.results.record_fields import step_times
 from device_tests.results.summary import summarize
 from tests.support import record_samples
-from tests.support.record_samples import FAILURE, HOSTILE, bench, run
+from tests.support.record_samples import FAILURE, HOSTILE, bench, change, has_control, run
 
 
 def quantity_of(records, name):
@@ -108,18 +106,6 @@ def test_numbers_have_units(value, unit, shown):
 
 
 # Configurations
-
-
-def change(records, path, value):
-    """The same runs under another condition."""
-    found = copy.deepcopy(records)
-    for record in found:
-        *above, last = path.split(".")
-        target = record
-        for key in above:
-            target = target[key]
-        target[last] = value
-    return found
 
 
 @pytest.mark.parametrize(
@@ -225,10 +211,6 @@ def test_a_device_on_the_network_is_the_same_on_another_port(serial, same):
 
 
 # What a device may say
-
-
-def has_control(text: str) -> bool:
-    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in text.replace("\n", ""))
 
 
 def test_hostile_text_in_a_terminal():

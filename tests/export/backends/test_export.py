@@ -31,8 +31,8 @@ from quantize.errors import LoweringError
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from scripts.pocketdiff import run
-from tests.scripts.test_cli import start
 from tests.support import hf_reference
+from tests.support.command_line import start
 
 # fp32 differs only by the order of sums.
 FP32_TOLERANCE = 1e-4

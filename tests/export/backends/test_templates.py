@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -28,8 +27,9 @@ from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import CheckpointError, LoweringError
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
-from tests.scripts.test_cli import start
 from tests.support import dense_checkpoints, hf_reference
+from tests.support.command_line import start
+from tests.support.digests import digests
 
 CONTEXT = 96
 
@@ -215,14 +215,6 @@ def test_a_family_whose_layers_cannot_be_cut_says_so(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="cannot be cut into stages of 1"):
         stage_model(open_checkpoint(tmp_path), layers_per_stage=1)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from export.host.puzzles import generate
 from export.host.tokenizer import TextTokenizer, tokenizer_files
 from export.models import stage_model
 from quantize.checkpoint import open_checkpoint
-from tests.conftest import DEMO_MODEL
 from tests.support import hf_reference
+from tests.support.demo import DEMO_MODEL
 
 
 class RecordingStreamer:

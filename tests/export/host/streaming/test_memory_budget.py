@@ -487,9 +487,7 @@ def test_a_run_on_a_device_holds_its_budget_and_records_what_it_read(
             memory_budget_bytes=budget_bytes,
             **QUICK,
         )
-        bench(
-            transport, wide, deployment, LinuxRunner(), plan, tmp_path / "r.jsonl", on_event=look
-        )
+        bench(transport, wide, deployment, LinuxRunner(), plan, tmp_path / "r.jsonl", on_event=look)
         clean(transport, deployment.bundle_id)
         assert transport.shell(f"ls {packed_folder(deployment)}").text == ""
     speed, natural = records.read(tmp_path / "r.jsonl")
