@@ -32,9 +32,8 @@ def imported(path: Path) -> set[str]:
 def test_no_test_is_imported(path: Path) -> None:
     tests = {".".join(other.with_suffix("").parts) for other in FILES}
     shared = {name for name in tests if name.startswith("tests.support.")}
-    found = imported(path) & (tests - shared)
-    # The suite for a device asks its conftest for the command line.
-    assert found <= {"device_tests.conftest"}
+    own_fixtures = ".".join((*path.parent.parts, "conftest"))
+    assert imported(path) & (tests - shared) <= {own_fixtures}
 
 
 def test_every_folder_of_tests_is_a_package_of_the_project() -> None:
