@@ -166,15 +166,14 @@ class DirectOpener:
                     f"another device answers as {self.serial} ({_identity_text(properties)}, "
                     f"before {_identity_text(self._identity)}): connect the first one again"
                 )
-        except TimedOut as error:
+        except BaseException as error:
             link.close()
+            if not isinstance(error, TimedOut):
+                raise
             raise DeviceGone(
                 f"{self.serial} did not answer within {timeout_s:g} s: check that adb debugging is "
                 "on and that no other program holds the device"
             ) from error
-        except BaseException:
-            link.close()
-            raise
         return link
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from device_tests.adb import server as adb_server
+from device_tests.adb.server import DeviceEntry
 from device_tests.adb.transport import Transport
 from device_tests.errors import DeviceNotFound, DeviceUnauthorized
 from quantize.errors import DeviceError
@@ -22,26 +22,13 @@ Say = Callable[[str], None]
 """Takes a sentence for the person while something waits for them."""
 
 
-@dataclass(frozen=True)
-class DeviceEntry:
-    """A device that could be chosen; state as the server says it, `attached` if none was asked."""
-
-    serial: str
-    state: str
-    via: Literal["server", "usb"]
-    model: str = ""
-
-
 def list_devices(*, say: Say | None = None) -> list[DeviceEntry]:
     """What the running adb server knows, or, where none runs, what is on USB. Starts no server.
 
     `say` gets the reason if USB cannot be looked at.
     """
     if adb_server.server_version() is not None:
-        return [
-            DeviceEntry(device.serial, device.state, "server", device.model)
-            for device in adb_server.server_devices()
-        ]
+        return adb_server.server_devices()
     from device_tests.adb.direct import list_usb
 
     try:

@@ -10,9 +10,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import adbutils
 
@@ -44,11 +44,13 @@ class ServerAddress:
 
 
 @dataclass(frozen=True)
-class ServerDevice:
-    """A line of `adb devices -l`; only in the state `device` can it be used."""
+class DeviceEntry:
+    """A device that could be chosen: a line of `adb devices -l`, usable in the state `device`
+    only; or what is on USB, with the state `attached`."""
 
     serial: str
     state: str
+    via: Literal["server", "usb"]
     model: str = ""
 
 
@@ -200,7 +202,7 @@ def start_server(address: ServerAddress | None = None) -> None:
         raise DeviceNotFound(f"an adb server could not be started at {address}: {reason}")
 
 
-def server_devices(address: ServerAddress | None = None) -> list[ServerDevice]:
+def server_devices(address: ServerAddress | None = None) -> list[DeviceEntry]:
     """What the running server knows, in its order; nothing if none runs."""
     address = address or server_address()
     if server_version(address) is None:
@@ -209,13 +211,13 @@ def server_devices(address: ServerAddress | None = None) -> list[ServerDevice]:
     return [found for line in lines if (found := _parse_device(line)) is not None]
 
 
-def _parse_device(line: str) -> ServerDevice | None:
+def _parse_device(line: str) -> DeviceEntry | None:
     """`serial  state key:value …`; a state may have several words (`no permissions …`)."""
     found = re.fullmatch(r"(\S+)\s+(.+?)((?:\s+[a-z_]+:\S*)*)\s*", line)
     if found is None:
         return None
     model = re.search(r"\smodel:(\S+)", found[3])
-    return ServerDevice(found[1], found[2], model[1] if model else "")
+    return DeviceEntry(found[1], found[2], "server", model[1] if model else "")
 
 
 def is_network_serial(serial: str) -> bool:
@@ -237,16 +239,7 @@ def open_server(serial: str, address: ServerAddress | None = None) -> Transport:
             "and use the device directly"
         )
     opener = ServerOpener(serial, address)
-    if is_network_serial(serial) and opener.state() != "device":
-        opener.network_connect()
-    state = opener.state()
-    if state is None:
-        known = ", ".join(device.serial for device in server_devices(address)) or "none"
-        raise DeviceNotFound(
-            f"the adb server at {address} knows no device {serial!r} (it knows: {known}); check "
-            "the cable and that USB debugging is on"
-        )
-    opener.check(state)
+    opener.reconnect(_ANSWER_S)
     return opened(opener)
 
 
@@ -264,13 +257,8 @@ class ServerOpener:
         request = f"host-serial:{self.serial}:features"
         return frozenset(_ask(self.address, request, self.serial).split(","))
 
-    @contextmanager
-    def open(self, service: bytes, deadline: Deadline) -> Iterator[ByteStream]:
-        stream = self.open_apart(service, deadline)
-        try:
-            yield stream
-        finally:
-            stream.close()
+    def open(self, service: bytes, deadline: Deadline) -> AbstractContextManager[ByteStream]:
+        return closing(self.open_apart(service, deadline))
 
     def open_apart(self, service: bytes, deadline: Deadline) -> ByteStream:
         stream = _ServerStream(self.address, self.serial, deadline)
@@ -286,7 +274,7 @@ class ServerOpener:
 
     def reconnect(self, timeout_s: float) -> None:
         if self.state() != "device" and is_network_serial(self.serial):
-            self.network_connect(timeout_s)
+            self._network_connect(timeout_s)
         self.check(self.state())
 
     def close(self) -> None:
@@ -299,15 +287,21 @@ class ServerOpener:
 
     def check(self, state: str | None) -> None:
         """Raise what a state other than `device` means."""
+        if state is None:
+            known = ", ".join(device.serial for device in server_devices(self.address)) or "none"
+            raise DeviceNotFound(
+                f"the adb server at {self.address} knows no device {self.serial!r} (it knows: "
+                f"{known}); check the cable and that USB debugging is on"
+            )
         if state in ("unauthorized", "authorizing"):
             raise faults.unauthorized(self.serial)
         if state != "device":
             raise DeviceGone(
-                f"{self.serial} is {state or 'absent'} for the adb server at {self.address}; pull "
-                "the cable and put it back"
+                f"{self.serial} is {state} for the adb server at {self.address}; pull the cable "
+                "and put it back"
             )
 
-    def network_connect(self, timeout_s: float = _ANSWER_S) -> None:
+    def _network_connect(self, timeout_s: float) -> None:
         """Let the server connect to a HOST:PORT anew."""
         with suppress(DeviceError):  # it may not know the device
             _ask(self.address, f"host:disconnect:{self.serial}", self.serial, timeout_s)

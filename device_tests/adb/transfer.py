@@ -187,29 +187,23 @@ def _ranges(offset: int, length: int) -> Iterator[tuple[int, int, int]]:
 
 def _filler(source: BinaryIO) -> tuple[Fill, bool]:
     """How `source` is read from where it stands, and whether threads may do so side by side."""
-    if isinstance(source, io.FileIO | io.BufferedReader | io.BufferedRandom) and hasattr(
+    is_file = isinstance(source, io.FileIO | io.BufferedReader | io.BufferedRandom) and hasattr(
         os, "preadv"
-    ):
-        if isinstance(source, io.BufferedRandom):
-            source.flush()
-        descriptor, start = source.fileno(), source.tell()
-        return _readable(lambda view, at: os.preadv(descriptor, [view], start + at)), True
+    )
+    if isinstance(source, io.BufferedRandom):
+        source.flush()
+    start = source.tell() if is_file else 0
 
-    def read(view: memoryview, _: int) -> int:
-        data = source.read(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    return _readable(read), False
-
-
-def _readable(fill: Fill) -> Fill:
-    def checked(view: memoryview, at: int) -> int:
+    def fill(view: memoryview, at: int) -> int:
         try:
-            return fill(view, at)
+            if is_file:
+                return os.preadv(source.fileno(), [view], start + at)
+            data = source.read(len(view))
         except OSError as error:
             raise DeviceError(
                 f"what is to be pushed cannot be read ({error}): check the file here"
             ) from error
+        view[: len(data)] = data
+        return len(data)
 
-    return checked
+    return fill, is_file

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from device_tests.adb import server as adb_server
 from device_tests.adb.opener import Deadline
-from device_tests.adb.server import ServerAddress, ServerOpener, open_server
+from device_tests.adb.server import DeviceEntry, ServerAddress, ServerOpener, open_server
 from device_tests.adb.transport import ShellResult, Transport, opened
 from device_tests.errors import (
     CommandFailed,
@@ -141,7 +141,8 @@ def test_a_device_that_the_server_does_not_know(private_server: ServerAddress) -
     ],
 )  # fmt: skip
 def test_lines_of_adb_devices(line: str, device: tuple[str, str, str]) -> None:
-    assert adb_server._parse_device(line) == adb_server.ServerDevice(*device)
+    serial, state, model = device
+    assert adb_server._parse_device(line) == DeviceEntry(serial, state, "server", model)
 
 
 def test_states_of_a_device_are_errors_of_their_own() -> None:
