@@ -151,7 +151,7 @@ def conversations(bundle_folder: Path) -> dict[str, tuple[Turn, ...]]:
 
 def _eager(bundle: Path, int4: Path) -> dict[str, tuple[Turn, ...]]:
     """What the eager int4 model answers, in this process."""
-    from export.host.eager_engine import eager_engine
+    from export.host.eager import eager_engine
     from export.models import stage_model
     from quantize.checkpoint import open_checkpoint
 
