@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.memory_cgroup import memory_group
 from export.contract.bundle import open_bundle
+from export.contract.styles import STYLES
 from export.host.streaming import page_cache
 from export.host.streaming.packed_file import PackedFile
 from quantize.sizes import format_bytes, parse_bytes
@@ -47,7 +48,7 @@ def generate(arguments: argparse.Namespace) -> dict[str, Any]:
     load_ms = 1000 * (time.perf_counter() - began_s)
     ordinary = [i for i in range(5, model.vocabulary_size)]
     prompt = [ordinary[7919 * i % len(ordinary)] for i in range(PROMPT_TOKENS)]
-    is_diffusion = bundle.manifest.style != "autoregressive"
+    is_diffusion = not STYLES[bundle.manifest.style].step_is_token
     new_tokens = model.canvas_length if is_diffusion else arguments.steps
     steps = arguments.steps if is_diffusion else 1
     # The first answer warms up: the division of the weights is made in it.

@@ -56,7 +56,7 @@ def stage_model(
     shape, tokens = description.shape, description.tokens
     sampler = _with_truncation(description.sampler, shape.truncation, truncation, model_type)
     mask_token = None
-    if shape.style.name == "masked_diffusion":
+    if shape.style.masks:
         mask_token = mask_token_of(checkpoint, tokens, shape.vocabulary_size)
     special_tokens = special_tokens_of(checkpoint, tokens, shape.vocabulary_size)
     # Imported here: they import torchao, which the refusals above should not wait for.

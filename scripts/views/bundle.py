@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from export.contract.styles import STYLES
 from quantize.sizes import format_bytes
 from scripts.console import column_table, fact_table, out_console, say
 
@@ -78,9 +79,10 @@ def _style(manifest: Manifest) -> str:
     """How it generates, in a line."""
     decoding = manifest.decoding
     parts: list[str] = [manifest.style]
-    if manifest.style != "autoregressive":
+    style = STYLES[manifest.style]
+    if not style.step_is_token:
         parts.append(f"canvas of {manifest.model.canvas_length} tokens")
-    if decoding is not None and manifest.style == "masked_diffusion":
+    if decoding is not None and style.masks:
         parts.append(
             f"blocks of {decoding.block_length}" if decoding.block_length else "sees everything"
         )

@@ -52,6 +52,8 @@ class Style(ABC):
 
     step_is_token: ClassVar[bool] = False
     """Whether a step of the loop is one token of the text."""
+    masks: ClassVar[bool] = False
+    """Whether positions that are not decided hold a mask token."""
 
     # What `export.plan` computes time and memory from; counts are those of export/heads.
     has_fixed_rows: ClassVar[bool] = False

@@ -67,6 +67,7 @@ class MaskedDiffusion(Style):
 
     name = "masked_diffusion"
     sampler = "masked"
+    masks = True
     settings = MaskedDiffusionSettings
     layers_inputs = ("tokens", "start", "block_length")
     head_inputs = ("hidden", "rows", "settings", "quota", "uniform")
