@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,15 +16,26 @@ SMALL_SYSTEMS = ("toybox with mksh", "busybox")
 
 
 def small_system(name: str, packages: tuple[str, ...], folder: Path) -> Path:
-    """The unpacked Debian packages, fetched to `folder`; skips where that is not possible."""
+    """The unpacked Debian packages in `folder`; skips where they cannot be fetched."""
+    unpacked = _fetched(packages)
+    if isinstance(unpacked, Exception):
+        pytest.skip(f"{name} cannot be fetched as a Debian package: {unpacked}")
+    shutil.copytree(unpacked.name, folder, symlinks=True, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _fetched(packages: tuple[str, ...]) -> tempfile.TemporaryDirectory[str] | Exception:
+    """The packages unpacked, once a session, or why they cannot be had."""
+    folder = tempfile.TemporaryDirectory(prefix="small-system-")
     try:
         for command in (
             ["apt-get", "download", *packages],
             *(["sh", "-c", f"dpkg -x {package}_*.deb ."] for package in packages),
         ):
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+            subprocess.run(command, cwd=folder.name, check=True, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"{name} cannot be fetched as a Debian package: {error}")
+        return error
     return folder
 
 
