@@ -41,6 +41,15 @@ class Way:
             adbutils.AdbClient(self.server.host, self.server.port).disconnect(serial)
 
 
+@dataclass
+class Device:
+    """A connected device and a folder on it that may be written."""
+
+    transport: Transport
+    folder: str
+    port: int
+
+
 def push(transport: Transport, data: bytes, remote: str, offset: int = 0) -> None:
     transport.push(io.BytesIO(data), remote, len(data), offset=offset)
 

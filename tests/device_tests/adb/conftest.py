@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from device_tests.adb.transport import Transport
 from device_tests.local.device import LocalDevice
 from tests.support.adb_double import AdbDouble
-from tests.support.adb_ways import Way
+from tests.support.adb_ways import Device, Way
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +32,6 @@ def double(tmp_path: Path) -> Iterator[AdbDouble]:
 def way(request: pytest.FixtureRequest) -> Way:
     """Every test that takes this runs directly and through an adb server."""
     return Way(None if request.param == "direct" else request.getfixturevalue("shared_server"))
-
-
-@dataclass
-class Device:
-    """A connected device and a folder on it that may be written."""
-
-    transport: Transport
-    folder: str
-    port: int
 
 
 @pytest.fixture(params=["double", "adbd"])

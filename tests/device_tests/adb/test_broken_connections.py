@@ -17,9 +17,8 @@ from device_tests.errors import DeviceGone
 from device_tests.local.device import LocalDevice
 from device_tests.local.fixture import MakeLocalDevice
 from quantize.errors import DeviceError
-from tests.device_tests.adb.conftest import Device
 from tests.support.adb_double import AdbDouble
-from tests.support.adb_ways import Way, pull, push
+from tests.support.adb_ways import Device, Way, pull, push
 from tests.support.bench_tools import wait_for
 
 MIB = 1024 * 1024

@@ -15,8 +15,7 @@ import pytest
 from device_tests.errors import CommandFailed, StorageFull
 from device_tests.local.fixture import MakeLocalDevice
 from quantize.errors import DeviceError
-from tests.device_tests.adb.conftest import Device
-from tests.support.adb_ways import Way, pull, push
+from tests.support.adb_ways import Device, Way, pull, push
 
 MIB = 1024 * 1024
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.device_tests.adb.conftest import Device
+from tests.support.adb_ways import Device
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import pytest
 
 from device_tests.adb import shell_stream
 from device_tests.errors import CommandFailed, CommandTimeout, ProtocolError
-from tests.device_tests.adb.conftest import Device
 from tests.support.adb_double import AdbDouble
-from tests.support.adb_ways import Way
+from tests.support.adb_ways import Device, Way
 
 MIB = 1024 * 1024
 
