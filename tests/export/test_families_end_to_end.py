@@ -94,6 +94,7 @@ def prompt_of(length: int = PROMPT) -> list[int]:
     return torch.randint(0, END - 1, (length,), generator=generator).tolist()
 
 
+@pytest.mark.slow
 def test_gemma4_in_int4_gives_the_eager_tokens_with_its_prompt_in_chunks(gemma4: Made) -> None:
     """Against one call over the whole prompt: chunks of 8, 8, 4, then one token at a time."""
     decoding = gemma4.bundle.manifest.decoding
@@ -105,6 +106,7 @@ def test_gemma4_in_int4_gives_the_eager_tokens_with_its_prompt_in_chunks(gemma4:
     assert found == expected and len(set(found)) > 3
 
 
+@pytest.mark.slow
 def test_hrm_text_in_int4_gives_the_eager_tokens_over_two_turns(hrm_text: Made) -> None:
     """The first prompt is bidirectional and so comes whole; the second is causal, over a cache."""
     decoding = hrm_text.bundle.manifest.decoding
@@ -117,6 +119,7 @@ def test_hrm_text_in_int4_gives_the_eager_tokens_over_two_turns(hrm_text: Made) 
         assert len(set(expected)) > 3
 
 
+@pytest.mark.slow
 def test_a_stack_of_hrm_text_is_stored_once_however_often_it_runs(hrm_text: Made) -> None:
     """The low stack runs 6 times a token and the high one twice; both files hold one stack."""
     manifest, checkpoint = hrm_text.bundle.manifest, open_checkpoint(hrm_text.int4)
@@ -170,6 +173,7 @@ def test_a_stack_of_hrm_text_is_in_memory_twice_however_often_it_runs(
     assert sum(stacks) < grown["bytes"] < 2.5 * sum(stacks), (stacks, grown)
 
 
+@pytest.mark.slow
 def test_what_a_bundle_says_of_itself(gemma4: Made, hrm_text: Made) -> None:
     for made, family in ((gemma4, "gemma4"), (hrm_text, "hrm_text")):
         manifest = made.bundle.manifest

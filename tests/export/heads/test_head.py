@@ -256,6 +256,7 @@ def test_a_head_without_meaning_is_refused(arguments: dict, message: str) -> Non
         DiffusionHead(**{**defaults, **arguments})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_the_lowered_head_decides_as_the_eager_one(bits: int | None, tmp_path) -> None:
     import executorch.kernels.quantized  # noqa: F401  (registers the quantized lookup)

@@ -269,6 +269,7 @@ def load_program(path: Path):
     return lambda *inputs, _keep_alive=program: method(list(inputs))[0]
 
 
+@pytest.mark.slow
 def test_lowered_stacks_equal_eager_ones_at_every_length(tmp_path: Path) -> None:
     """And weights are in a program once: the stacks differ only in how often they run."""
     reference = random_model(seed=8, num_hidden_layers=1)

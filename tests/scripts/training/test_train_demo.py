@@ -118,6 +118,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_seed(tmp_path):
     torch.save({"recipe": {"seed": 1}}, tmp_path / loop.STATE_FILE)
     with pytest.raises(UserError, match="seed 1, not 2"):

@@ -29,6 +29,7 @@ def model():
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", train_twins.KINDS_OF_MODEL)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind: Kind, tmp_path: Path) -> None:
     recipe = Recipe(steps=3, int4_from=0.5)
