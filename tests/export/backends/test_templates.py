@@ -8,11 +8,13 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from export.backends import lower_stage
+from export.backends.xnnpack import templates
 from export.backends.xnnpack.templates import Place, ProgramTemplate, make_template
 from export.contract.bundle import Bundle, open_bundle
 from export.contract.styles.uniform_diffusion import UniformDiffusionSettings
@@ -21,17 +23,18 @@ from export.host.bundle_engine import open_engine
 from export.host.eager import eager_engine, eager_stages
 from export.host.program_file import read_program_layout
 from export.models import stage_model
-from export.models.staging import StageModule
+from export.models.staging import StageModule, Template
 from export.models.weights import RandomWeights
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import CheckpointError, LoweringError
 from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from tests.support import dense_checkpoints, hf_reference
-from tests.support.command_line import start
 from tests.support.digests import digests
+from tests.support.forked import DEADLINE_S, forked, wait_for
 
 CONTEXT = 96
+CUT = {"maximum_context": CONTEXT, "experts": "gather", "layers_per_stage": 1}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +52,41 @@ def cut_layers(checkpoint: Checkpoint, experts: str = "gather") -> list[StageMod
     return [stage for stage in staged.stages if stage.template is not None]
 
 
+class Cut(NamedTuple):
+    """A bundle of single layers, and the template that they were made from."""
+
+    bundle: Bundle
+    template: ProgramTemplate
+
+
+@pytest.fixture(scope="module")
+def cut(folders: dict[str, Path]) -> Cut:
+    made = []
+
+    def keep(stage: StageModule, template: Template, file: Path) -> tuple:
+        program, lowered = make_template(stage, template, file)
+        kept = shutil.copyfile(file, folders["root"] / file.name)
+        made.append(replace(program, file=kept))
+        return program, lowered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates, "make_template", keep)
+        bundle = export_bundle(folders["int4"], folders["root"] / "cut.bundle", **CUT)
+    (program,) = made
+    return Cut(bundle, program)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "experts"), [("int4", "gather"), ("fp32", "dense")])
 def test_a_program_from_a_template_is_the_lowered_one_byte_for_byte(
-    folders: dict[str, Path], kind: str, experts: str, tmp_path: Path
+    cut: Cut, folders: dict[str, Path], kind: str, experts: str, tmp_path: Path
 ) -> None:
     first, second = cut_layers(open_checkpoint(folders[kind]), experts)
-    template, _ = make_template(first, first.template, tmp_path / "template.pte")
+    if kind == "int4":  # that of the bundle, made in the same way
+        template = replace(cut.template, file=tmp_path / "template.pte")
+        shutil.copyfile(cut.template.file, template.file)
+    else:
+        template, _ = make_template(first, first.template, tmp_path / "template.pte")
     template.instantiate(second.template.weights, tmp_path / "made.pte")
     lower_stage(second, "xnnpack").write(tmp_path / "lowered.pte")
     assert (tmp_path / "made.pte").read_bytes() == (tmp_path / "lowered.pte").read_bytes()
@@ -125,21 +156,11 @@ def _any_program(folder: Path) -> Path:
     return folder / "one.pte"
 
 
-@pytest.fixture(scope="module")
-def cut_bundle(folders: dict[str, Path]) -> Bundle:
-    return export_bundle(
-        folders["int4"],
-        folders["root"] / "cut.bundle",
-        maximum_context=CONTEXT,
-        experts="gather",
-        layers_per_stage=1,
-    )
-
-
 @pytest.mark.slow
 def test_a_cut_bundle_generates_the_tokens_of_the_whole_one(
-    folders: dict[str, Path], cut_bundle: Bundle, tmp_path: Path
+    cut: Cut, folders: dict[str, Path], tmp_path: Path
 ) -> None:
+    cut_bundle = cut.bundle
     whole = export_bundle(
         folders["int4"], tmp_path / "whole", maximum_context=CONTEXT, experts="gather"
     )
@@ -219,35 +240,30 @@ def test_a_family_whose_layers_cannot_be_cut_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_export_goes_on_to_the_same_bytes(
-    folders: dict[str, Path], cut_bundle: Bundle, tmp_path: Path
+    cut: Cut, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    command = (
-        "export", folders["int4"], tmp_path / "cut.bundle",
-        "--context", str(CONTEXT), "--experts", "gather", "--layers-per-stage", "1",
-    )  # fmt: skip
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def export() -> int:
+        export_bundle(folders["int4"], out / "cut.bundle", **CUT)
+        return 0
+
     # Killed while the template is lowered, then after a stage was made from it.
     for until in ("entry.pte", "layers_00.pte"):
-        process = start(*command)
-        try:
-            deadline = time.monotonic() + 300
-            while not list(tmp_path.rglob(until)):
-                assert process.poll() is None, process.communicate()[1]
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+        with forked(export, tmp_path / "stderr") as process:
+            wait_for(process, lambda until=until: list(out.rglob(until)))
             time.sleep(0.1)
-        finally:
-            process.kill()
-            process.communicate()
-        assert not (tmp_path / "cut.bundle").exists()
-    (template,) = tmp_path.rglob(".templates/xnnpack/*.pte")
+        assert not (out / "cut.bundle").exists()
+    (template,) = out.rglob(".templates/xnnpack/*.pte")
     made = template.stat().st_mtime_ns
-    process = start(*command)
-    while process.poll() is None:
-        with suppress(FileNotFoundError):  # it goes before the bundle is sealed
-            assert template.stat().st_mtime_ns == made
-        time.sleep(0.05)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert [path.name for path in tmp_path.iterdir()] == ["cut.bundle"]
-    assert digests(tmp_path / "cut.bundle") == digests(cut_bundle.folder)
-    open_bundle(tmp_path / "cut.bundle")
+    with forked(export, tmp_path / "stderr") as process:
+        deadline = time.monotonic() + DEADLINE_S
+        while process.exitcode is None and time.monotonic() < deadline:
+            with suppress(FileNotFoundError):  # it goes before the bundle is sealed
+                assert template.stat().st_mtime_ns == made
+            time.sleep(0.05)
+        assert process.exitcode == 0, (tmp_path / "stderr").read_text()
+    assert [path.name for path in out.iterdir()] == ["cut.bundle"]
+    assert digests(out / "cut.bundle") == digests(cut.bundle.folder)
+    open_bundle(out / "cut.bundle")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,11 @@ from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from scripts.pocketdiff import run
 from tests.support import hf_reference
+<<<<<<< HEAD:tests/export/backends/test_export.py
 from tests.support.command_line import start
+=======
+from tests.support.forked import DEADLINE_S, forked, wait_for
+>>>>>>> d47f576 (Tests of lowering: interrupted exports run in a fork, the bundle's template is tested itself):tests/export/test_exporter.py
 
 # fp32 differs only by the order of sums.
 FP32_TOLERANCE = 1e-4
@@ -202,19 +206,14 @@ def test_an_export_interrupted_between_two_stages_says_that_it_can_go_on(tmp_pat
     checkpoint = tiny_checkpoint(tmp_path / "hf")
     destination = tmp_path / "out" / "bundle"
     destination.parent.mkdir()
-    process = start("export", checkpoint, destination)
-    try:
-        until = time.monotonic() + 300
-        while not list(destination.parent.rglob("layers.pte")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < until
-            time.sleep(0.02)
+    arguments = ["export", str(checkpoint), str(destination)]
+    with forked(lambda: run(arguments), tmp_path / "stderr") as process:
+        wait_for(process, lambda: list(destination.parent.rglob("layers.pte")))
         assert not destination.exists()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130
+        os.kill(process.pid, signal.SIGINT)
+        process.join(DEADLINE_S)
+        assert process.exitcode == 130
+    err = (tmp_path / "stderr").read_text()
     assert "Traceback" not in err
     assert "the same command goes on from there" in err
     assert [path.name for path in destination.parent.iterdir()] == [".bundle.partial"]
