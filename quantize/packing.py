@@ -1,8 +1,28 @@
-"""Four-bit integers, two a byte: element 2i in the low nibble and 2i+1 in the high one."""
+"""Quantized integers in memory: four bits packed two a byte, and weights with other parts.
+
+Of two four-bit integers in a byte, element 2i is in the low nibble and 2i+1 in the high one.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+_PARTS = (
+    "qdata",
+    "scale",
+    "zero_point",
+    "target_dtype",
+    "block_size",
+    "dtype",
+    "activation_quantization",
+)
+
+
+def with_parts(weight: torch.Tensor, **changed: Any) -> torch.Tensor:
+    """Return torchao's IntxUnpackedToInt8Tensor with some of its parts (`qdata`, ...) changed."""
+    return type(weight)(**{part: getattr(weight, part) for part in _PARTS} | changed)
 
 
 def packed_width(width: int) -> int:

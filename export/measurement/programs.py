@@ -17,6 +17,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from export.backends import lower_stage
 from export.models.blocks import MASKED
 from export.models.staging import StageModule
+from quantize.packing import with_parts
 
 PROGRAMS_FILE = "programs.json"
 WIDTH = 2048
@@ -45,6 +46,11 @@ class Chain(nn.Module):
             x = linear(x)
         return x
 
+    def work(self) -> tuple[float, int]:
+        """Operations for one row, and bytes of weights in fp32."""
+        numbers = sum(linear.weight.numel() for linear in self.linears)
+        return 2.0 * numbers, 4 * numbers
+
 
 class Mixing(nn.Module):
     """Scores of stacked queries against keys, and the values mixed by them."""
@@ -60,13 +66,17 @@ class Mixing(nn.Module):
             scores = torch.softmax(scores + mask, dim=-1)
         return torch.bmm(scores, value)
 
+    def work(self) -> tuple[float, int]:
+        """Operations for one row; no weights."""
+        return 4.0 * HEADS * KEYS * HEAD_DIM, 0
+
 
 class Simple(nn.Module):
     """Elementwise operators one after the other, as in an activation."""
 
-    def __init__(self, operators: int) -> None:
+    def __init__(self, operators: int, width: int) -> None:
         super().__init__()
-        self.operators = operators
+        self.operators, self.width = operators, width
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, K] -> [N, K]; of every three operators one is a sigmoid."""
@@ -74,6 +84,10 @@ class Simple(nn.Module):
         for _ in range(self.operators // 3):
             x = torch.sigmoid(x) * start + start
         return x
+
+    def work(self) -> tuple[float, int]:
+        """Operations for one row; no weights."""
+        return float(self.operators * self.width), 0
 
 
 class Copying(nn.Module):
@@ -90,35 +104,48 @@ class Copying(nn.Module):
         caches = [getattr(self, f"cache{i}") for i in range(COPIED_LAYERS)]
         return torch.stack([torch.index_select(cache, 1, rows) for cache in caches])
 
+    def work(self) -> tuple[float, int]:
+        """No operations; bytes of rows, read and written when taken out of a cache and stacked."""
+        return 0.0, 2 * 2 * 4 * COPIED_LAYERS * HEADS * KEYS * HEAD_DIM
+
 
 def write_programs(folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
     """Lower all programs into `folder`, with a file that says what each is."""
     torch.manual_seed(0)
-    rows = torch.zeros(MOST_ROWS, WIDTH)
-    heads = torch.zeros(HEADS, MOST_ROWS, HEAD_DIM)
+    rows = {"x": torch.zeros(MOST_ROWS, WIDTH)}
+    narrow = {"x": torch.zeros(1, 16)}
     keys = torch.zeros(HEADS, KEYS, HEAD_DIM)
-    mask = torch.zeros(MOST_ROWS, KEYS)
-    by_rows = {"query": {1: "rows"}, "mask": {0: "rows"}}
-    mixing = ("query", "key", "value", "mask")
-    stages = {
-        "int4": _stage("int4", Chain(_linears(INT4_LAYERS, _int4)), (rows,), {"x": {0: "rows"}}),
-        "int8": _stage("int8", Chain(_linears(INT8_LAYERS, _int8)), (rows,), {"x": {0: "rows"}}),
-        "fp32": _stage("fp32", Mixing(softmax=False), (heads, keys, keys, mask), by_rows, mixing),
-        "attention": _stage(
-            "attention", Mixing(softmax=True), (heads, keys, keys, mask + MASKED), by_rows, mixing
-        ),
-        "simple": _stage("simple", Simple(SIMPLE_OPERATORS), (rows,), {"x": {0: "rows"}}),
-        "small": _stage("small", Simple(SMALL_OPERATORS), (torch.zeros(1, 16),), {}),
-        "call": _stage("call", Simple(3), (torch.zeros(1, 16),), {}),
-        "bandwidth": _stage(
-            "bandwidth", Chain(_plain_linears()), (torch.zeros(1, FP32_WIDTH),), {}
-        ),
-        "copy": _stage("copy", Copying(), (torch.arange(KEYS),), {}),
+    mixing = {
+        "query": torch.zeros(HEADS, MOST_ROWS, HEAD_DIM), "key": keys, "value": keys,
+        "mask": torch.full((MOST_ROWS, KEYS), MASKED),
+    }  # fmt: skip
+    by_row = {"x": {0: "rows"}}
+    by_query = {"query": {1: "rows"}, "mask": {0: "rows"}}
+    programs: dict[str, tuple[Chain | Mixing | Simple | Copying, dict, dict]] = {
+        "int4": (Chain(_linears(INT4_LAYERS, _int4)), rows, by_row),
+        "int8": (Chain(_linears(INT8_LAYERS, _int8)), rows, by_row),
+        "fp32": (Mixing(softmax=False), mixing, by_query),
+        "attention": (Mixing(softmax=True), mixing, by_query),
+        "simple": (Simple(SIMPLE_OPERATORS, WIDTH), rows, by_row),
+        "small": (Simple(SMALL_OPERATORS, 16), narrow, {}),
+        "call": (Simple(3, 16), narrow, {}),
+        "bandwidth": (Chain(_plain_linears()), {"x": torch.zeros(1, FP32_WIDTH)}, {}),
+        "copy": (Copying(), {"rows": torch.arange(KEYS)}, {}),
     }
     described = {}
-    for name, (stage, operations, moved) in stages.items():
+    for name, (module, inputs, dynamic) in programs.items():
         tell(f"lowering {name}")
+        stage = StageModule(
+            name=name,
+            role="layers",
+            module=module.eval(),
+            example_inputs=tuple(inputs.values()),
+            input_names=tuple(inputs),
+            output_names=("y",),
+            dynamic=dynamic,
+        )
         lower_stage(stage, "xnnpack").write(folder / f"{name}.pte")
+        operations, moved = module.work()
         described[name] = {
             "file": f"{name}.pte",
             "operations_per_row": operations,
@@ -127,43 +154,12 @@ def write_programs(folder: Path, tell: Callable[[str], None] = lambda _: None) -
                 {
                     "shape": list(tensor.shape),
                     "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "rows_axis": next(iter(stage.dynamic.get(input_name, {})), None),
+                    "rows_axis": next(iter(dynamic.get(input_name, {})), None),
                 }
-                for input_name, tensor in zip(stage.input_names, stage.example_inputs, strict=True)
+                for input_name, tensor in inputs.items()
             ],
         }
     (folder / PROGRAMS_FILE).write_text(json.dumps(described), encoding="utf-8")
-
-
-def _stage(
-    name: str,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    dynamic: dict[str, dict[int, str]],
-    input_names: tuple[str, ...] | None = None,
-) -> tuple[StageModule, float, int]:
-    """The stage, its operations for one row, and the bytes of weights (or rows) that it moves."""
-    names = input_names or (("rows",) if name == "copy" else ("x",))
-    stage = StageModule(
-        name=name,
-        role="layers",
-        module=module.eval(),
-        example_inputs=inputs,
-        input_names=names,
-        output_names=("y",),
-        dynamic=dynamic,
-    )
-    if isinstance(module, Chain):
-        weights = [linear.weight for linear in module.linears]
-        operations = sum(2.0 * weight.shape[0] * weight.shape[1] for weight in weights)
-        return stage, operations, sum(4 * weight.numel() for weight in weights)
-    if isinstance(module, Mixing):
-        return stage, 4.0 * HEADS * KEYS * HEAD_DIM, 0
-    if isinstance(module, Copying):
-        # Each row is read and written twice: taken out of its cache, then stacked.
-        return stage, 0.0, 2 * 2 * 4 * COPIED_LAYERS * HEADS * KEYS * HEAD_DIM
-    operators = module.operators
-    return stage, float(operators * inputs[0].shape[-1]), 0
 
 
 def _linears(count: int, quantized: Callable[[Tensor], Tensor]) -> list[nn.Linear]:
@@ -189,15 +185,7 @@ def _int4(weight: Tensor) -> Tensor:
     made = IntxUnpackedToInt8Tensor.from_hp(
         weight, (1, GROUP), torch.int4, activation_quantization="int8_asym_per_token"
     )
-    return IntxUnpackedToInt8Tensor(
-        qdata=made.qdata,
-        scale=made.scale.to(torch.bfloat16),  # as the recipes store them
-        zero_point=made.zero_point,
-        target_dtype=made.target_dtype,
-        block_size=made.block_size,
-        dtype=made.dtype,
-        activation_quantization=made.activation_quantization,
-    )
+    return with_parts(made, scale=made.scale.to(torch.bfloat16))  # as the recipes store them
 
 
 def _int8(weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from export.heads.vocabulary import lookup_table
 from quantize.checkpoint import PackedIntegers
 from quantize.errors import CheckpointError
-from quantize.packing import pack_int4
+from quantize.packing import pack_int4, with_parts
 
 
 class Weights(Protocol):
@@ -42,14 +42,12 @@ def integers_like(
     block_size: Sequence[int] | None = None,
 ) -> IntxUnpackedToInt8Tensor:
     """A tensor of other integers, quantized as `weight` is; block_size: None for the same."""
-    return IntxUnpackedToInt8Tensor(
+    return with_parts(
+        weight,
         qdata=qdata,
         scale=scale,
         zero_point=zero_point,
-        target_dtype=weight.target_dtype,
         block_size=tuple(block_size or weight.block_size),
-        dtype=weight.dtype,
-        activation_quantization=weight.activation_quantization,
     )
 
 

@@ -32,11 +32,7 @@ from quantize.quantizer import quantize_checkpoint
 from quantize.recipe import preset
 from scripts.pocketdiff import run
 from tests.support import hf_reference
-<<<<<<< HEAD:tests/export/backends/test_export.py
-from tests.support.command_line import start
-=======
 from tests.support.forked import DEADLINE_S, forked, wait_for
->>>>>>> d47f576 (Tests of lowering: interrupted exports run in a fork, the bundle's template is tested itself):tests/export/test_exporter.py
 
 # fp32 differs only by the order of sums.
 FP32_TOLERANCE = 1e-4
