@@ -42,7 +42,7 @@ class Request:
     force_steps: int | None = None
 
 
-SUDOKU, SORT, ADD = "sudoku 3..1 12.. ..1. 2..4", "sort 66403971", "add 27 + 58"
+SUDOKU, SORT, ADD = "sudoku 3..1 12.. ..1. 2..4", "sort 66403971", "add 6228+3587"
 REQUESTS: dict[str, dict[str, tuple[Request, ...]]] = {
     "uniform_diffusion": {
         "sudoku": (Request(SUDOKU),),
@@ -196,7 +196,7 @@ def main() -> None:
             style=bundle.manifest.style,
             checkpoint=arguments.checkpoint.as_posix(),
             weights_sha256=sha256_of(arguments.checkpoint / "model.safetensors"),
-            recipe=str((bundle.manifest.recipe or {}).get("name")),
+            recipe=(bundle.manifest.recipe or {})["recipe"]["name"],
             backend=", ".join(bundle.manifest.backends),
             maximum_context=bundle.manifest.model.maximum_context,
             conversations=tuple(
