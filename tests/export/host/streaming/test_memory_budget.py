@@ -463,16 +463,12 @@ def test_what_runs_a_bundle_imports_nothing_that_only_makes_one() -> None:
     assert not {"torchao", "executorch.exir"} & set(ran.stdout.decode().split())
 
 
-RUNNER_BYTES = 64 << 20
-"""What a run on a device takes beside the interpreter."""
-
-
 def test_a_run_on_a_device_holds_its_budget_and_records_what_it_read(
     wide: Bundle, local_device: LocalDevice, tmp_path: Path
 ) -> None:
     """The second run finds what the first has packed; both are within a budget that is too small
     for the weights."""
-    budget_bytes = interpreter_bytes() + RUNNER_BYTES
+    budget_bytes = interpreter_bytes() + (64 << 20)
     packed_files: set[str] = set()
 
     def look(_event: object) -> None:
