@@ -22,6 +22,7 @@ from export.contract.runner_protocol import (
     OkResult,
     RunRequest,
 )
+from export.contract.traces import Traces
 
 FOLDER = Path(__file__).parent
 
@@ -50,6 +51,7 @@ def schemas() -> dict[str, str]:
             OkResult | FailedResult,
             (RunRequest, events, AnyEvent),
         ),
+        "traces.schema.json": schema_text("Golden traces of one style", Traces),
     }
 
 
