@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from export.contract.manifest import ModelInfo, Sampler
 from export.families import FAMILIES, describe
+from export.families.fields import model_type_of
 from export.families.samplers import TRUNCATION
 from export.families.tokens import mask_token_of, special_tokens_of
 from quantize.checkpoint import Checkpoint
@@ -45,14 +46,14 @@ def stage_model(
     Raises:
         CheckpointError: an architecture that no family has, or a checkpoint that does not fit.
     """
-    description = describe(checkpoint, maximum_context)
-    model_type = checkpoint.config["model_type"]
+    model_type = model_type_of(checkpoint.config, FAMILIES)
     if layers_per_stage is not None and FAMILIES[model_type] not in CUT_FAMILIES:
         can = sorted(kind for kind, family in FAMILIES.items() if family in CUT_FAMILIES)
         raise CheckpointError(
             f"the layers of {model_type} cannot be cut into stages of {layers_per_stage}; leave "
             f"that out, or take one of {', '.join(can)}"
         )
+    description = describe(checkpoint, maximum_context)
     shape, tokens = description.shape, description.tokens
     sampler = _with_truncation(description.sampler, shape.truncation, truncation, model_type)
     mask_token = None

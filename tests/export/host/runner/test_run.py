@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from export.contract.bundle import Bundle, open_bundle, write_bundle
@@ -353,10 +353,10 @@ def test_a_setting_that_the_program_does_not_heed_is_refused_for_one_prompt_and_
     """The bundle's sampler states what its program heeds."""
     bundle = open_bundle(toy_bundle)
     heeded = {"max_steps": 5.0, "entropy_bound": 0.5}
-    sampler = replace(bundle.manifest.sampler, settings=heeded)
+    sampler = msgspec.structs.replace(bundle.manifest.sampler, settings=heeded)
     files = toy_programs | {"tokenizer.json": bundle.path("tokenizer.json").read_bytes()}
     path = folder.parent / "heeding"
-    write_bundle(path, replace(bundle.manifest, sampler=sampler), files)
+    write_bundle(path, msgspec.structs.replace(bundle.manifest, sampler=sampler), files)
     sentence = expect_failure(folder, path, "input", prompts=prompts, settings={"t_max": 0.9})
     assert "has no setting t_max; it has max_steps, entropy_bound" in sentence
     assert read_back(folder)[1]["answers"] == []
