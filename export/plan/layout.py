@@ -126,7 +126,7 @@ class Layout:
         """Activations inside of the delegates; XNNPACK has one workspace for all, as large as the
         largest needs: scores and their softmax, the inner tensors of an MLP, a chunk of logits."""
         shape, rows = self.shape, self.rows
-        scores = max(2 * a.num_heads * rows * self.context for a in shape.attentions)
+        scores = max((2 * a.num_heads * rows * self.context for a in shape.attentions), default=0)
         mlps = (w for w in shape.weights if w.part == "mlp" and w.use == "product")
         widest = max((prod(w.shape[:-1]) for w in mlps), default=0)
         head = 4 * shape.canvas_length * HEAD_COLUMNS
