@@ -335,5 +335,10 @@ def make_checkpoint(
     )
 
 
+def main() -> int:
+    """The entry point; returns the exit code."""
+    return run_command(lambda: typer.run(make_checkpoint), "make_checkpoint")
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: typer.run(make_checkpoint), "make_checkpoint"))
+    sys.exit(main())
