@@ -302,14 +302,13 @@ def make_checkpoint(
     seed: Seed = 0,
     layers: Annotated[int | None, typer.Option(help="Keep so many layers.")] = None,
     max_shard_size: Annotated[
-        int,
+        int | None,
         typer.Option(
             parser=parse_bytes,
             metavar="SIZE",
-            help="Most bytes of a shard (512M, 2G; default: 5000000000).",
-            show_default=False,
+            help=f"Most bytes of a shard (512M, 2G; default: {MAX_SHARD_BYTES}).",
         ),
-    ] = MAX_SHARD_BYTES,
+    ] = None,
     only: Annotated[
         int | None, typer.Option(help="Write this shard alone, counted from 1.")
     ] = None,
@@ -322,7 +321,7 @@ def make_checkpoint(
         generation_config=read_json_object(beside) if beside.is_file() else None,
         seed=seed,
         layers=layers,
-        max_shard_bytes=max_shard_size,
+        max_shard_bytes=max_shard_size or MAX_SHARD_BYTES,
     )
     with reporting("writing") as progress:
         if only is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-LOWERING_FIXTURES = {
-    "cut_bundle", "demo_bundle", "gemma4", "hrm_text", "lowered", "outcome", "wide",
+SLOW_FIXTURES = {
+    "cut_bundle", "demo_bundle", "gemma4", "hrm_text", "killed", "lowered", "outcome", "wide",
 }  # fmt: skip
+"""They lower a model, or kill long work again and again."""
 SHARED_FIXTURES = {"module", "package", "class"}
 BRACKETS = str.maketrans("[]@", "()_")  # pytest-xdist looks for a group behind them
 
@@ -15,14 +16,15 @@ def divide(items: list[pytest.Item]) -> None:
     """Mark groups for `--dist loadgroup` and put the slow ones first, in place.
 
     Whoever is the first to ask for a fixture that lowers a model waits for it, so all tests that do
-    are slow.
+    are slow; those of a device do by its bundle.
 
     The tests of a file are a group, so that what its fixtures hold is made once; a slow test that
     shares nothing is a group of its own. A long group that begins last would leave one process
     without work, so files with slow tests come first.
     """
     for item in items:
-        if LOWERING_FIXTURES & set(getattr(item, "fixturenames", ())):
+        asks = SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))
+        if asks or item.get_closest_marker("device"):
             item.add_marker(pytest.mark.slow)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)  # stable: files keep their order

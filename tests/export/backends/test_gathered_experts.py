@@ -159,6 +159,7 @@ def test_gathered_and_dense_experts_are_the_same_function(top_k: int, int4: bool
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int4", [False, True])
 def test_an_expert_lowered_by_its_weights_is_the_one_lowered_in_full(int4: bool) -> None:
     """Byte for byte, with the packed weights and scales in their named data."""

@@ -129,6 +129,7 @@ def test_a_program_with_a_weight_that_is_not_found_is_refused(
         make_template(first, template, tmp_path / "template.pte")
 
 
+@pytest.mark.slow
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     """A hand-made template: the check itself needs no lowering."""
 

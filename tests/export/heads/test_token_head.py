@@ -415,6 +415,7 @@ def _compare(got: list[Tensor], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_lowered_autoregressive_head_is_the_eager_one(tmp_path, monkeypatch) -> None:
     """With fewer halvings than usual, in both: lowering takes as long as they are many."""
     monkeypatch.setattr("export.heads.samplers.truncation.STEPS", 3)
@@ -434,6 +435,7 @@ def test_the_lowered_autoregressive_head_is_the_eager_one(tmp_path, monkeypatch)
         _compare(got, stage.module(*given_inputs))
 
 
+@pytest.mark.slow
 def test_the_lowered_masked_head_is_the_eager_one(tmp_path) -> None:
     stage = masked_head_stage(_table(150), 8, 6, HIDDEN, mask_token=MASK, truncation=False)
     generator = torch.Generator().manual_seed(6)

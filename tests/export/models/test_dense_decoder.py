@@ -149,6 +149,7 @@ def lower(layers: DenseLayers, path: Path) -> Callable[[Tensor, int, int], Tenso
 CALLS = ((0, PREFILL, 8), (24, 1, 1), (25, 5, 1), (24, 8, 8), (24, 8, 8), (0, 5, CONTEXT))
 
 
+@pytest.mark.slow
 def test_the_lowered_program_equals_pytorch_for_any_number_of_rows(tmp_path: Path) -> None:
     dense_checkpoints.write(tmp_path, "qwen2")
     layers = make_layers(tmp_path)
@@ -160,6 +161,7 @@ def test_the_lowered_program_equals_pytorch_for_any_number_of_rows(tmp_path: Pat
         )
 
 
+@pytest.mark.slow
 def test_the_lowered_int4_program_is_near_pytorch(tmp_path: Path) -> None:
     """By quantiles: dynamic int8 activations turn rounding into single larger differences."""
     dense_checkpoints.write(tmp_path / "plain", "qwen2", shape={"num_hidden_layers": 1})
