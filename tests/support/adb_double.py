@@ -386,49 +386,13 @@ class _Connection:
                 return
             argument = (await stream.read(length)).decode()
             if name == b"STAT":
-                await self._sync_stat(stream, argument)
+                await _sync_stat(stream, argument)
             elif name == b"RECV":
-                await self._sync_recv(stream, argument)
+                await _sync_recv(stream, argument)
             elif name == b"SEND":
-                await self._sync_send(stream, argument.rpartition(",")[0])
+                await _sync_send(stream, argument.rpartition(",")[0])
             else:
-                await self._sync_fail(stream, f"unknown request {name!r}")
-
-    async def _sync_fail(self, stream: _Stream, reason: str) -> None:
-        await stream.write(b"FAIL" + struct.pack("<I", len(reason)) + reason.encode())
-
-    async def _sync_stat(self, stream: _Stream, path: str) -> None:
-        mode = size = modified = 0
-        with contextlib.suppress(OSError):
-            found = os.lstat(path)
-            mode, size, modified = found.st_mode, found.st_size & 0xFFFFFFFF, int(found.st_mtime)
-        await stream.write(b"STAT" + struct.pack("<3I", mode, size, modified))
-
-    async def _sync_recv(self, stream: _Stream, path: str) -> None:
-        try:
-            with open(path, "rb") as file:
-                while data := file.read(65536):
-                    await stream.write(b"DATA" + struct.pack("<I", len(data)) + data)
-        except OSError as error:
-            await self._sync_fail(stream, str(error))
-            return
-        await stream.write(b"DONE" + bytes(4))
-
-    async def _sync_send(self, stream: _Stream, path: str) -> None:
-        error = None
-        with contextlib.ExitStack() as stack:
-            try:
-                file = stack.enter_context(open(path, "wb"))
-            except OSError as failed:
-                error = failed
-            while (head := await stream.read(8))[:4] == b"DATA":
-                data = await stream.read(int.from_bytes(head[4:], "little"))
-                if error is None:
-                    file.write(data)
-        if error is not None:
-            await self._sync_fail(stream, str(error))
-        else:
-            await stream.write(b"OKAY" + bytes(4))
+                await _sync_fail(stream, f"unknown request {name!r}")
 
     async def _tcp(self, stream: _Stream, port: str) -> None:
         try:
@@ -450,3 +414,43 @@ class _Connection:
                 while data := await reader.read(65536):
                     await stream.write(data)
         writer.close()
+
+
+async def _sync_fail(stream: _Stream, reason: str) -> None:
+    await stream.write(b"FAIL" + struct.pack("<I", len(reason)) + reason.encode())
+
+
+async def _sync_stat(stream: _Stream, path: str) -> None:
+    mode = size = modified = 0
+    with contextlib.suppress(OSError):
+        found = os.lstat(path)
+        mode, size, modified = found.st_mode, found.st_size & 0xFFFFFFFF, int(found.st_mtime)
+    await stream.write(b"STAT" + struct.pack("<3I", mode, size, modified))
+
+
+async def _sync_recv(stream: _Stream, path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(65536):
+                await stream.write(b"DATA" + struct.pack("<I", len(data)) + data)
+    except OSError as error:
+        await _sync_fail(stream, str(error))
+        return
+    await stream.write(b"DONE" + bytes(4))
+
+
+async def _sync_send(stream: _Stream, path: str) -> None:
+    error = None
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "wb"))
+        except OSError as failed:
+            error = failed
+        while (head := await stream.read(8))[:4] == b"DATA":
+            data = await stream.read(int.from_bytes(head[4:], "little"))
+            if error is None:
+                file.write(data)
+    if error is not None:
+        await _sync_fail(stream, str(error))
+    else:
+        await stream.write(b"OKAY" + bytes(4))
