@@ -46,10 +46,7 @@ def open_eager(folder: Path, maximum_context: int | None = None) -> tuple[str, A
     files = tokenizer_files(folder)
     if files is None:
         raise InputError(f"{folder} has no tokenizer.json; put the model's there")
-    if maximum_context is None:
-        staged = stage_model(checkpoint)
-    else:
-        staged = stage_model(checkpoint, maximum_context=maximum_context)
+    staged = stage_model(checkpoint, maximum_context=maximum_context)
     tokenizer = files.open(staged.info.vocabulary_size, staged.special_tokens)
     kind = "int4 eager" if checkpoint.is_quantized else "fp32 eager"
     return kind, eager_engine(staged), tokenizer

@@ -26,6 +26,7 @@ from export.plan.presets import read_config
 from quantize.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
 from quantize.errors import InputError, OutputError, UserError
 from quantize.files.atomic_folder import resumable_folder
+from quantize.files.durable import replacing
 from quantize.files.json_files import read_json_object
 from quantize.files.safetensors_folder import INDEX_FILE, SINGLE_FILE
 from quantize.files.safetensors_writer import SafetensorsWriter, TensorSpec
@@ -287,9 +288,8 @@ def _write_json_files(checkpoint: RandomCheckpoint, folder: Path) -> None:
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
         if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") == text:
             continue  # its time is what tells a quantizer at work that it is the same
-        temporary = folder / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        with replacing(folder / name) as file:
+            file.write(text.encode("utf-8"))
 
 
 def make_checkpoint(
